@@ -47,6 +47,7 @@ from slimoe.offload.gguf.header import Value
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, and with how much of it is done, of how much."""
 
+PRICING, TRYING = "measuring what types cost", "trying what it loses"
 _MOVED = 0.023
 """What tokens that move to other experts cost, over the square root of the rest; of two trained models, one of 24 small
 experts and one of 8, in types of 3 to 6 bits."""
@@ -214,7 +215,7 @@ class _Job:
         source, statistics = self.source, self.statistics
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
-        types = _candidates(source, self.recipe)
+        types = candidate_types(source, self.recipe)
         known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
         sized = SizedPlans(source, statistics, known, budget, self.open_plan, lambda one: self.completed(one, known))
         found = self.best_candidate(sized, structure)
@@ -275,9 +276,9 @@ class _Job:
     def tried(self, plan: CompressPlan, costs: TypeCosts | None) -> float:
         """What the plan loses in a trial."""
         assert self.trial is not None
-        self.on_progress("trying what it loses", 0, 1)
+        self.on_progress(TRYING, 0, 1)
         loss = self.trial.divergence(plan, costs)
-        self.on_progress("trying what it loses", 1, 1)
+        self.on_progress(TRYING, 1, 1)
         return loss
 
     def completed(self, plan: CompressPlan, costs: TypeCosts | None) -> CompressPlan:
@@ -312,7 +313,7 @@ class _Job:
         return replace(plan, layers=tuple(one if sums is None else with_order(one, sums) for one, sums in pairs))
 
 
-def _candidates(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
+def candidate_types(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | None:
     """The types that must have a price: those that are named, and what stands in for them where rows do not fit them.
 
     None for what calibration tries. It tries no types of small blocks on rows that need none, as narrower ones may.
@@ -334,24 +335,31 @@ def statistics_costs(
     """What these types cost, those worth choosing from if they are not given, measured where the statistics have no
     answer; raises as `measure_type_costs` does.
     """
-    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
-    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
-    known = set(tried) if types is None else known_types(source, statistics)
-    may_be = tuple(name for name in candidates(source) if name in (*CANDIDATES, *tried))
-    wanted = may_be if types is None else types
-    missing = tuple(name for name in wanted if name not in known)
-    stored = stored_costs(statistics, tuple(name for name in wanted if name not in missing))
+    known, missing = priced_types(source, statistics, types)
+    stored = stored_costs(statistics, known)
     if not missing and stored is not None:
         return stored
-    what = f"measuring what {', '.join(missing)} cost" if stored is not None else "measuring what each type costs"
     measured = measure_type_costs(
         source,
         statistics,
         types=missing,
         n_threads=n_threads,
-        on_progress=lambda done, total: on_progress(what, done, total),
+        on_progress=lambda done, total: on_progress(PRICING, done, total),
     )
     return measured if stored is None else joined_costs(stored, measured)
+
+
+def priced_types(
+    source: ModelSource, statistics: Statistics, types: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of these types, or those worth choosing from, the ones that the statistics have a price of, and the others."""
+    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
+    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
+    known = set(tried) if types is None else known_types(source, statistics)
+    may_be = tuple(name for name in candidates(source) if name in (*CANDIDATES, *tried))
+    wanted = may_be if types is None else tuple(types)
+    missing = tuple(name for name in wanted if name not in known)
+    return tuple(name for name in wanted if name not in missing), missing
 
 
 def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from slimoe.converter.budget.structure import Structure
 from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.block import Routing
+from slimoe.converter.forward.pass_time import pass_seconds
 from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.layout.plan import AuxPlan
 from slimoe.converter.methods.compressed_experts import AuxSample, FittedVectors, fit_vectors, held_out_rows
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
 
 _MOST_TOKENS = 32768
+STEP = "compressing experts"
 
 
 class CompressedSource(HeldSource):
@@ -110,11 +112,22 @@ def fit_compressed_experts(
                 streams[1].h += residual * (
                     sample.total * (one.vectors.gains(*chosen) - 1) + one.vectors.shifts(*chosen)
                 )
-            on_progress("compressing experts", block + 1, n_layer)
+            on_progress(STEP, block + 1, n_layer)
     finally:
         for stream in streams:
             stream.close()
     return CompressedExperts(found)
+
+
+def fitting_seconds(source: ModelSource, statistics: Statistics) -> float:
+    """Estimates the seconds that `fit_compressed_experts` takes; raises ModelFileError."""
+    return 2 * pass_seconds(source, Sequences(tuple(_fitted_tokens(statistics))))
+
+
+def _fitted_tokens(statistics: Statistics) -> Sequence[tuple[int, ...]]:
+    """The sequences that vectors are fitted to."""
+    length = max(map(len, statistics.tokens))
+    return statistics.tokens[:: max(1, len(statistics.tokens) * length // _MOST_TOKENS)]
 
 
 class _MainExperts(Observer):
@@ -159,9 +172,7 @@ def with_compressed_experts(
         raise UnsupportedModelError(source.path, problem, "Compress the model that it was made from.")
     if statistics is None:
         raise UsageError("Compressed experts are fitted to texts. Run slimoe calibrate first, and give --stats FILE.")
-    length = max(map(len, statistics.tokens))
-    step = max(1, len(statistics.tokens) * length // _MOST_TOKENS)
-    fitted = fit_compressed_experts(source, statistics.tokens[::step], n_main, on_progress)
+    fitted = fit_compressed_experts(source, _fitted_tokens(statistics), n_main, on_progress)
     layers = []
     for layer in structure.layers:
         one = fitted.layers.get(layer.block)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.budget.planned_source import PlannedSource
+from slimoe.converter.forward.pass_time import median_seconds, pass_seconds
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.layout.layer import Matrix
 from slimoe.converter.layout.plan import CompressPlan
@@ -100,6 +101,20 @@ class Trial:
     @cached_property
     def _expected(self) -> Tensor:
         return run(self._source, self._sequences)
+
+    def seconds(self, n_plans: int) -> float:
+        """Estimates the seconds in which the source and so many plans are tried; raises ModelFileError."""
+        keys = [key for key in self._source.shapes if key.expert >= 0] or list(self._source.shapes)
+        values = self._source.read(keys[0])
+
+        def with_noise() -> NDArray[np.float32]:
+            noise = np.random.default_rng(0).standard_normal(values.shape, np.float32)
+            return values + noise * np.sqrt(_block_squares(values.reshape(-1, values.shape[-1]))).reshape(values.shape)
+
+        per_weight = median_seconds(with_noise) / values.size
+        n_weights = sum(map(math.prod, self._source.shapes.values()))
+        passes = (1 + n_plans) * pass_seconds(self._source, self._sequences)
+        return passes + n_plans * per_weight * n_weights
 
     def divergence(self, plan: CompressPlan, costs: TypeCosts | None) -> float:
         """The mean KL divergence in nats per token of what the plan would make, its types priced by `costs`.

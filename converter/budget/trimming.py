@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from slimoe.converter.budget.structure import Structure
 from slimoe.converter.forward.block import Routing, read_expert
+from slimoe.converter.forward.pass_time import median_seconds, pass_seconds
 from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.layout.plan import LayerPlan
 from slimoe.converter.neurons.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance
@@ -23,14 +25,16 @@ _SAMPLE = 2048
 
 
 _MOST_TOKENS = 32768
+_N_NEURONS = 512
+"""Of the expert that is trimmed to see how long that takes."""
+STEP = "trimming experts"
 
 
 def trimmed(source: ModelSource, statistics: Statistics, structure: Structure, on_progress: Progress) -> Structure:
     """The structure with the neurons chosen of all experts that have a width only; raises as reading does."""
     by_block = {layer.block: layer for layer in structure.layers}
     last = max((block for block, layer in by_block.items() if _open_widths(layer)), default=-1)
-    step = max(1, sum(map(len, statistics.tokens)) // _MOST_TOKENS)
-    stream = Stream(source, Sequences(statistics.tokens[::step]))
+    stream = Stream(source, _sequences(statistics))
     try:
         stream.embed()
         for block in range(last + 1):
@@ -42,10 +46,31 @@ def trimmed(source: ModelSource, statistics: Statistics, structure: Structure, o
                 stream.pass_layer(block, trimmer)
                 trimmer.finish()
                 by_block[block] = trimmer.trimmed()
-            on_progress("trimming experts", block + 1, last + 1)
+            on_progress(STEP, block + 1, last + 1)
     finally:
         stream.close()
     return replace(structure, layers=tuple(by_block[layer.block] for layer in structure.layers))
+
+
+def trimming_seconds(source: ModelSource, statistics: Statistics) -> float:
+    """Estimates the seconds in which all experts are trimmed, to half of their width; raises ModelFileError."""
+    spec, sequences = source.spec, _sequences(statistics)
+    n_ff, n_stored = spec.n_ff, [layer.n_stored for layer in source.layers if layer.target]
+    few = min(n_ff, _N_NEURONS)
+    hidden, down = torch.randn(2 * few, few), np.ones((max(1, spec.n_embd * few // n_ff), few), np.float32)
+    multiplying = median_seconds(lambda: hidden.T @ hidden) / (4 * few**3)
+    covariance = (hidden.T @ hidden).numpy().astype(np.float64)
+    choosing = median_seconds(lambda: trim(down, covariance, [max(1, few // 2)])) * (n_ff / few) ** 3
+    # Each expert's own tokens, and the sample that stands for any.
+    n_products = 2 * n_ff**2 * (len(n_stored) * spec.n_expert_used * sequences.n_rows + sum(n_stored) * _SAMPLE)
+    n_products += sum(n_stored) * _SAMPLE * 4 * spec.n_embd * n_ff
+    return float(pass_seconds(source, sequences) + sum(n_stored) * choosing + n_products * multiplying)
+
+
+def _sequences(statistics: Statistics) -> Sequences:
+    """The tokens that are run."""
+    step = max(1, sum(map(len, statistics.tokens)) // _MOST_TOKENS)
+    return Sequences(statistics.tokens[::step])
 
 
 def _open_widths(layer: LayerPlan) -> dict[int, int]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from slimoe.converter.forward.pass_time import pass_seconds
 from slimoe.converter.heal.lesson import N_BATCH, HealTexts
 from slimoe.converter.quant.mixes import layer_and_role
-from slimoe.converter.report.estimate import pass_seconds
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.model.spec import ModelSpec
@@ -72,7 +72,7 @@ def _values_of_layer(spec: ModelSpec, n_longest: int) -> int:
 def pass_estimate(source: ModelSource, texts: HealTexts, device: str) -> float:
     """Seconds in which all texts pass through both models, and the held-out ones once more at the end.
 
-    It tries the source's first block for a moment; raises ModelFileError.
+    It tries one of the source's layers for a moment; raises ModelFileError.
     """
     every = texts.sequences
     return 2.5 * pass_seconds(source, every, device)

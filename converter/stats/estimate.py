@@ -6,10 +6,9 @@ single one is off by far where another program runs for a moment.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from statistics import median
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, read_expert
+from slimoe.converter.forward.pass_time import median_seconds
 from slimoe.converter.forward.stream import Sequences, Stream
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.neurons.width_errors import WidthErrorTable, n_measured
@@ -35,10 +35,10 @@ from slimoe.offload.model.tensor_list import layer_tensors
 _N_TOKENS = 128
 _FEWEST_TOKENS, _MOST_TOKENS = 64, 2048
 """Tokens that pass through a layer: twice as many each time, until that takes long enough to be measured."""
+_LONG_SECONDS = 0.25
 _N_NEURONS = 512
 _TRIED_WEIGHTS, _PRICED_WEIGHTS = 1 << 17, 1 << 14
 """Of each matrix of an expert whose types' errors are measured, and of the one whose types are priced."""
-_TRIAL_SECONDS, _MOST_TRIALS = 0.25, 7
 _SENSITIVITY_PASSES = 5
 """Products of a pass forward, of the same once more, and of gradients by inputs and outputs."""
 
@@ -77,7 +77,7 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     reading = time.perf_counter() - begin
     x = torch.randn(_N_TOKENS, spec.n_embd, device=settings.device)
     with torch.no_grad():
-        per_token = _median_seconds(lambda: float(expert(x).sum())) / _N_TOKENS
+        per_token = median_seconds(lambda: float(expert(x).sum())) / _N_TOKENS
         n_gram = gram_size(samples.n_gram, text.n_tokens, n_stored[0], spec.n_embd) if samples.n_gram else 0
         seconds = {
             "read": reading * n_experts,
@@ -94,7 +94,8 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
         seconds["sensitivity"] = _SENSITIVITY_PASSES * passes * n_tokens + 2 * seconds["read"]
         if settings.prices:
             n_priced = sum(map(sampled_weights, (source.shapes[key] for key in priced_matrices(source))))
-            seconds["prices"] = _price_seconds(source, expert.down.weight) * n_priced / settings.n_threads
+            kinds = tried_types(source, expert.down.weight.shape[1])
+            seconds["prices"] = price_seconds(expert.down.weight, kinds) * n_priced / settings.n_threads
     return Estimate(seconds, state_bytes)
 
 
@@ -126,8 +127,8 @@ def _layer_seconds(source: ModelSource, layer: int, text: CalibrationText, devic
                 observer = LayerObserver(alike, layer, n_rows, samples, device)
                 stream.pass_layer(layer, observer, observer.read_expert)
 
-            times.append((sequences.n_rows, _median_seconds(tried)))
-        is_long = times[-1][1] > _TRIAL_SECONDS and len(times) > 1
+            times.append((sequences.n_rows, median_seconds(tried)))
+        is_long = times[-1][1] > _LONG_SECONDS and len(times) > 1
         if is_long or n_tokens >= min(_MOST_TOKENS, text.n_tokens):
             break
         n_tokens *= 2
@@ -158,7 +159,7 @@ def _type_seconds(source: ModelSource, layer: int, expert: Expert, samples: Samp
 
     def seconds(n_rows: int) -> float:
         table = TypeErrorTable(source, layer, types, n_rows, n_threads)
-        return _median_seconds(lambda: table.measure(0, expert, x, weights, importance))
+        return median_seconds(lambda: table.measure(0, expert, x, weights, importance))
 
     of_many = seconds(many)
     if many == n_rows:
@@ -180,29 +181,19 @@ def _width_seconds(down: Tensor) -> float:
         table.end(part)
 
     cubes: float = (n_ff / few) ** 3
-    return _median_seconds(measured) * cubes
+    return median_seconds(measured) * cubes
 
 
-def _price_seconds(source: ModelSource, down: Tensor) -> float:
-    """Seconds of one thread to find out what all types cost a weight."""
-    n_rows = min(len(down), max(1, _PRICED_WEIGHTS // down.shape[1]))
-    rows = down[:n_rows].cpu().contiguous().numpy()
+def price_seconds(matrix: Tensor, types: Sequence[str]) -> float:
+    """Seconds of one thread to find out what these types, as far as they fit its rows, cost a weight of a matrix."""
+    n_rows = min(len(matrix), max(1, _PRICED_WEIGHTS // matrix.shape[1]))
+    rows = matrix[:n_rows].cpu().contiguous().numpy()
     ones = np.ones(n_rows, np.float32), np.ones(rows.shape[1], np.float32)
-    kinds = [Type[name] for name in tried_types(source, rows.shape[1])]
+    kinds = [Type[name] for name in types if fits(Type[name], rows.shape[1])]
 
     def priced() -> None:
         for kind in kinds:
             type_error(rows, kind, *ones)
 
     n_weights: int = rows.size
-    return _median_seconds(priced) / n_weights
-
-
-def _median_seconds(work: Callable[[], object]) -> float:
-    """Median seconds of some tries; the first one, which makes tables and fills caches, does not count."""
-    seconds = list[float]()
-    while len(seconds) < 2 or (sum(seconds[1:]) < _TRIAL_SECONDS and len(seconds) < _MOST_TRIALS):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds[1:])
+    return median_seconds(priced) / n_weights

@@ -19,6 +19,7 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.errors import UsageError
+from slimoe.server.jobs.planning_time import tell_planning
 from slimoe.server.jobs.specialise import known_statistics, specialised
 from slimoe.server.options.compress_options import FLAGS, CompressOptions, Tables
 from slimoe.server.terminal.progress_bars import step_bar
@@ -56,7 +57,7 @@ def plan_work(model: Path, options: CompressOptions, n_threads: int) -> Compress
     if recipe.experts.merge is not None:
         check_merge(source, recipe)
     statistics = known_statistics(source, options, recipe)
-    with step_bar() as on_progress:
+    with step_bar(tell_planning(source, statistics, recipe, n_threads)) as on_progress:
         plan = plan_compression(source, statistics, recipe, n_threads=n_threads, is_open=True, on_progress=on_progress)
     return CompressWork(source, statistics, recipe, plan, lay_out(source, plan, statistics))
 

@@ -33,6 +33,7 @@ from slimoe.offload.resources.memory import human
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.jobs.compress_plan import recipe_of
 from slimoe.server.jobs.compress_report import expected_loss
+from slimoe.server.jobs.planning_time import tell_planning
 from slimoe.server.jobs.specialise import known_statistics
 from slimoe.server.options.compress_options import CompressOptions
 from slimoe.server.options.destination import reserve, unwritten
@@ -130,7 +131,7 @@ def plan_checkpoint(model: Path, options: CompressOptions, n_bits: int) -> Check
         as_written = replace(recipe, format="stock", types=StorageRecipe("F32"))
         lay_out_checkpoint(source, check_merge(source, as_written), n_bits=n_bits)
     statistics = known_statistics(source, options, recipe)
-    with step_bar() as on_progress:
+    with step_bar(tell_planning(source, statistics, recipe, usable_processors())) as on_progress:
         plan = plan_removal(source, statistics, recipe, on_progress, is_open=True)
     made = lay_out_checkpoint(source, plan, statistics, n_bits=n_bits)
     for note in left_out(source.spec):
