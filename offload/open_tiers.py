@@ -25,6 +25,7 @@ from slimoe.offload.experts.layer_banks import LayerBanks
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.experts.resident import ResidentExperts
 from slimoe.offload.experts.runner import TieredRunner
+from slimoe.offload.experts.single_token import SingleTokenSteps, SingleWeights, load_single_weights, single_token_bytes
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
@@ -39,6 +40,7 @@ from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.program_memory import most_logit_rows, request_bytes
+from slimoe.offload.plan.weight_forms import compute_bytes
 from slimoe.offload.resources.memory import resident_bytes
 
 Count = Callable[[int], None]
@@ -68,7 +70,8 @@ class Tiers:
         old, new, pool = self.plan.tiers, plan.tiers, self.host_pool
         if old is None or new is None or pool is None or self.devices or plan.devices or self.lossy or plan.lossy:
             return False
-        if (old.prefetch_depth, self.plan.n_batch) != (new.prefetch_depth, plan.n_batch):
+        is_same = (old.prefetch_depth, self.plan.n_batch) == (new.prefetch_depth, plan.n_batch)
+        if not is_same or self.plan.repacked_beside != plan.repacked_beside:
             return False
         n_slots = dict(new.n_slots)
         if not new.is_final:
@@ -176,6 +179,7 @@ class _Opening:
         self._policy = carried.policy or make_policy(config.memory.policy, context)
         carried.policy = self._policy
         self._n_expert = n_expert
+        self._single: SingleWeights | None = None
         self._on_devices = DeviceSlots.empty(len(plan.layers), n_expert)
 
     def open(self) -> Tiers:
@@ -218,6 +222,10 @@ class _Opening:
                 memory = ResidentExperts(plan.layers, host_pool, reader, self._on_devices)
                 lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
             runner.attach(self._moe_step(parts, host, graphs, host_pool, experts, lossy))
+            single = self._single_tokens(parts[0], host_pool, taken)
+            if single is not None:
+                runner.attach_single(single)
+                taken += single.compute_bytes
         by_plan = zip(plan.devices, [part.experts for part in parts[1:]], strict=True)
         return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy, taken)
 
@@ -236,9 +244,12 @@ class _Opening:
         plan = self._plan
         sources = join_layers(without_experts(plan.sources))
         store = self._store(self._cpu)
-        weights = load_weights(store, sources, lambda _: "copied", None if self._rows is None else self._rows.tensor)
-        layers = range(plan.spec.n_layer)
-        return DevicePart(self._cpu, exchange, layers, self._carried.kv.caches[HOST], weights)
+        table = None if self._rows is None else self._rows.tensor
+        weights = load_weights(store, sources, lambda _: "copied", table)
+        if plan.repacked_beside is not None:
+            form = plan.repacked_beside.single_form
+            self._single = load_single_weights(store, plan.sources, sources, form, table)
+        return DevicePart(self._cpu, exchange, range(plan.spec.n_layer), self._carried.kv.caches[HOST], weights)
 
     def _table_part(self, exchange: Exchange) -> DevicePart:
         """The token table on the CPU: devices cannot look up rows of every type."""
@@ -350,6 +361,19 @@ class _Opening:
         if not (plan.devices or constants or trace or lossy):
             hit_path = HitPath(plan.layers, host, graphs, host_pool, host_experts)
         return MoEStep(plan.layers, parts, host, host_experts, self._policy, constants, trace, lossy, uses, hit_path)
+
+    def _single_tokens(self, part: DevicePart, host_pool: HostPool, taken: int) -> SingleTokenSteps | None:
+        """Steps of one token in one graph, where nothing is to be decided between layers and memory is left."""
+        plan, spec, told = self._plan, self._plan.spec, (self._policy, self._carried.uses)
+        sources = [plan.sources.layers[index] for index in self._cut]
+        has_more = spec.architecture.is_down_wide or any(one.expert_biases or one.expert_scales for one in sources)
+        if plan.devices or plan.lossy or self._config.trace or has_more or not host_pool.has_all or plan.tiers is None:
+            return None
+        needed = single_token_bytes(spec, plan.layers) + compute_bytes(spec, plan.n_cells, 1)
+        if taken + host_pool.n_bytes + needed > plan.tiers.budget:
+            return None
+        constants = read_constant_experts(plan.gguf, plan.layers)
+        return SingleTokenSteps(spec, part, self._rows, plan.layers, constants, host_pool, told, self._single)
 
     def _measure(self, part: DevicePart, device: DeviceExperts, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""

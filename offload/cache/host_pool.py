@@ -153,6 +153,11 @@ class HostPool:
         slot = pool.slot(key) if pool else None
         return slot is not None and slot.is_complete
 
+    def place(self, key: Key, copy: ExpertCopy) -> Addresses | None:
+        """Where the matrices of a copy begin, None if it is not here or still has to be asked for."""
+        slot = self._pools[copy.slot_class].slot(key)
+        return None if slot is None or slot.read is not None else slot.addresses
+
     def fill(self, wanted: Iterable[tuple[Key, ExpertCopy]], on_progress: Callable[[int], None]) -> None:
         """Reads copies into free slots, as many as there are, before the first step."""
         begun: list[tuple[HostSlot, ExpertCopy]] = []

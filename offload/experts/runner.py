@@ -8,6 +8,7 @@ import numpy as np
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.moe_step import MoEStep
+from slimoe.offload.experts.single_token import SingleTokenSteps
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.attention import StepShape
@@ -51,6 +52,7 @@ class TieredRunner:
     ) -> None:
         self.spec, self.parts, self._rows = spec, parts, rows
         self._moe_step: MoEStep | None = None
+        self._single: SingleTokenSteps | None = None
         self._segments = cut_into_segments([part.layers for part in parts], cut_layers, prefetch_depth)
         n_graphs = _MAX_STEPS * len(self._segments)
         backends = [part.backend for part in parts]
@@ -69,6 +71,10 @@ class TieredRunner:
         """Hands over what computes the experts; it is closed with the runner."""
         self._moe_step = moe_step
 
+    def attach_single(self, single: SingleTokenSteps) -> None:
+        """Hands over what computes steps of one token while it can; it is closed with the runner."""
+        self._single = single
+
     @property
     def graph_bytes(self) -> int:
         """Host memory for the graphs of segments, which is not touched before the first step."""
@@ -79,7 +85,8 @@ class TieredRunner:
     def compute_bytes(self) -> int:
         """Size of the buffers in host memory that intermediate results share."""
         exchanges: int = sum(part.exchange.n_bytes for part in self.parts if part.backend.is_host)
-        return self.graph_bytes + exchanges + (0 if self._moe_step is None else self._moe_step.compute_bytes)
+        single = 0 if self._single is None else self._single.compute_bytes
+        return self.graph_bytes + exchanges + single + (0 if self._moe_step is None else self._moe_step.compute_bytes)
 
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Reads a batch; logits [n_out, n_vocab] of its last `n_out` tokens, valid until the next step.
@@ -87,6 +94,8 @@ class TieredRunner:
         Raises EngineAbortedError, which `is_cancelled` causes between two layers at the latest, and ReadFailedError.
         """
         assert batch.n_kv <= self._n_cells
+        if batch.n_tokens == 1 and self._single is not None and self._single.is_ready():
+            return self._single.run(batch, is_cancelled)
         shape = (batch.n_tokens, batch.n_kv, batch.n_out)
         self._write_inputs(batch)
         if self._moe_step is not None:
@@ -151,3 +160,5 @@ class TieredRunner:
             graphs.close()
         if self._moe_step is not None:
             self._moe_step.close()
+        if self._single is not None:
+            self._single.close()

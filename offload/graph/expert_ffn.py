@@ -47,13 +47,13 @@ NO_EXTRAS = ExpertExtras()
 def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
     """The output of a dense FFN, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in layer.gate_up]
-    return add_linear(ctx, layer.down, _activated(ctx, projected))
+    return add_linear(ctx, layer.down, add_activation(ctx, projected))
 
 
 def add_shared_expert(ctx: int, shared: SharedWeights, normed: int) -> int:
     """The output of a shared expert, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in shared.gate_up]
-    output = add_linear(ctx, shared.down, _activated(ctx, projected))
+    output = add_linear(ctx, shared.down, add_activation(ctx, projected))
     if not shared.gate:
         return output
     gate = ggml.ggml_mul_mat(ctx, shared.gate, normed)
@@ -82,7 +82,7 @@ def add_expert_ffn(
     I32 [n_selected, n_rows] the places of the selected experts in the stacks.
     """
     projected = [_add_product(ctx, stack, rows, ids, extras, place) for place, stack in enumerate(gate_up)]
-    return _add_product(ctx, down, _activated(ctx, projected, extras.activation), ids, extras, 2)
+    return _add_product(ctx, down, add_activation(ctx, projected, extras.activation), ids, extras, 2)
 
 
 def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras, place: int) -> int:
@@ -135,8 +135,8 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
     return int(ggml.ggml_add(ctx, gained, mixed(shifts, weights)))
 
 
-def _activated(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:
-    """The activation of gate and up, which are two tensors or, for SwiGLU, the halves of one."""
+def add_activation(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:
+    """The activation of gate and up, which are two tensors or, for SwiGLU, the halves of one; one operation."""
     if activation == "swiglu_oai":
         gate, up = projected
         return int(ggml.ggml_swiglu_oai(ctx, gate, up, _OAI_ALPHA, _OAI_LIMIT))

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
+from slimoe.offload.graph.expert_lookup import ExpertLookup
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.step import build_step
@@ -40,11 +40,19 @@ class _Prepared:
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
 
+class UseCounter(Protocol):
+    """Counts how often experts were selected."""
+
+    def add(self, layer: int, rows: NDArray[np.int32]) -> None:
+        """Counts the rows of a layer's router that tokens selected, [n_tokens, n_used]."""
+
+
 class Runner:
     """Computes steps over one KV cache.
 
     `batched` weights serve steps of several tokens, `single` ones those of one: the same numbers, arranged for the
-    kernels that are faster there. With `rows`, their token table is that tensor, filled for each step.
+    kernels that are faster there. With `rows`, their token table is that tensor, filled for each step. With a `lookup`
+    for the experts all steps are of one token. At most `n_graphs` graphs are kept.
     """
 
     def __init__(
@@ -56,11 +64,13 @@ class Runner:
         single: ModelWeights,
         rows: TokenRows | None,
         n_batch: int,
-        uses: ExpertUses,
+        uses: UseCounter,
+        lookup: ExpertLookup | None = None,
+        n_graphs: int = _MAX_GRAPHS,
     ) -> None:
-        self.spec, self.backend, self.cache = spec, backend, cache
+        self.spec, self.backend, self.cache, self._lookup = spec, backend, cache, lookup
         self._batched, self._single, self._rows, self._uses = batched, single, rows, uses
-        self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
+        self._graphs = GraphPool(backend.buft, self._build, n_graphs)
         self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
         self._graphs.reserve(StepShape(1, cache.n_cells, 1))
 
@@ -99,7 +109,7 @@ class Runner:
 
     def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:
         weights = self._single if shape.n_tokens == 1 else self._batched
-        step = build_step(self.spec, weights, self.cache, shape)
+        step = build_step(self.spec, weights, self.cache, shape, self._lookup)
 
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)

@@ -21,6 +21,7 @@ from slimoe.offload.graph.expert_ffn import (
     add_shared_expert,
     layer_extras,
 )
+from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
 from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
@@ -46,9 +47,14 @@ class StepGraph:
     ranked: tuple[tuple[int, int], ...] = ()
 
 
-def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape) -> StepGraph:
-    """Builds the graph of one whole step; nothing is allocated for it yet."""
-    ctx, graph = new_graph(spec, spec.n_layer)
+def build_step(
+    spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape, lookup: ExpertLookup | None = None
+) -> StepGraph:
+    """Builds the graph of one whole step; nothing is allocated for it yet.
+
+    Experts of layers in `lookup`, which is for steps of one token, are not in the `weights`.
+    """
+    ctx, graph = new_graph(spec, spec.n_layer, is_looked_up=lookup is not None)
     n_windowed = sum(spec.windowed)
     masks = [
         int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)) if is_used else 0
@@ -67,19 +73,34 @@ def build_step(spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: St
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup)
+    if lookup is not None:
+        lookup.begin(ctx, graph)
     hidden = blocks.add_embeddings()
     for index in range(spec.n_layer):
         hidden = blocks.add_feed_forward(index, blocks.add_attention(index, hidden))
     return StepGraph(ctx, graph, inputs, blocks.add_logits(hidden), tuple(ranked or ()))
 
 
-def new_graph(spec: ModelSpec, n_layers: int) -> tuple[int, int]:
+def new_graph(spec: ModelSpec, n_layers: int, *, is_looked_up: bool = False) -> tuple[int, int]:
     """A ggml context and an empty graph in it, with room for so many of the model's blocks."""
-    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
-    n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
+    n_nodes, n_bytes = _graph_size(spec, n_layers, is_looked_up=is_looked_up)
     ctx = int(ggml.ggml_init(ggml.InitParams(n_bytes, None, True)))
     return ctx, int(ggml.ggml_new_graph_custom(ctx, n_nodes, False))
+
+
+def graph_bytes(spec: ModelSpec, *, is_looked_up: bool) -> int:
+    """Bytes of a whole step's graph itself, without its intermediate results."""
+    return _graph_size(spec, spec.n_layer, is_looked_up=is_looked_up)[1]
+
+
+def _graph_size(spec: ModelSpec, n_layers: int, *, is_looked_up: bool) -> tuple[int, int]:
+    """The most tensors of a graph, and its bytes."""
+    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
+    if is_looked_up:
+        n_nodes += n_layers * (NODES_PER_LAYER + NODES_PER_EXPERT * spec.n_expert_used)
+    n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
+    return n_nodes, n_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +116,7 @@ class BlockBuilder:
     inputs: StepInputs
     ranked: list[tuple[int, int]] | None = None
     """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
+    lookup: ExpertLookup | None = None
 
     def add_embeddings(self) -> int:
         """The token rows of a step, [n_embd, n_tokens]."""
@@ -134,11 +156,14 @@ class BlockBuilder:
         if self.ranked is not None:
             ggml.ggml_set_output(selection.ranked)
             self.ranked.append((index, selection.ranked))
-        rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
-        stacks = [part.weight for part in layer.gate_up]
         ids = select_experts(ctx, spec, selection.ranked)
-        extras = layer_extras(ctx, spec.architecture, layer, ids)
-        outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
+        if self.lookup is not None and index in self.lookup:
+            outputs = self.lookup.add(ctx, self.graph, index, normed, ids)
+        else:
+            rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
+            stacks = [part.weight for part in layer.gate_up]
+            extras = layer_extras(ctx, spec.architecture, layer, ids)
+            outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
         weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
         return self.add_experts(index, weighted, normed, hidden, selection)
 

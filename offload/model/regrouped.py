@@ -48,6 +48,11 @@ def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:
     return WeightSource(f"{stack.name}[{index}]", stack.ne[:2], stack.type, (span,))
 
 
+def as_matrix(stack: WeightSource) -> WeightSource:
+    """The same weight, a matrix if it is a stack of one."""
+    return replace(stack, ne=stack.ne[:2]) if stack.ne[2:] == (1,) else stack
+
+
 def expert_matrices(stacks: Sequence[LinearSource], index: int) -> tuple[WeightSource, ...]:
     """Matrix `index` of each stack, or gate's and up's rows of it where that is the only one, and so both."""
     matrices = [stacked_matrix(stack.weight, index) for stack in stacks]

@@ -76,6 +76,8 @@ class EnginePlan:
     notes: tuple[str, ...] = ()
     lossy: Lossy | None = None
     machine: Machine | None = None
+    repacked_beside: WeightForms | None = None
+    """Which weights of a model in tiers lie in memory a second time, for steps of one token; None for none."""
 
     @property
     def cut_layers(self) -> list[ExpertLayer | None]:
@@ -100,7 +102,8 @@ class EnginePlan:
             weight_forms = self.weight_forms
             by_form = {"mapped": weight_forms.mapped, "copied": weight_forms.copied, "repacked": weight_forms.repacked}
             return {**by_form, "kv": weight_forms.kv}
-        return {"copied": self.tiers.weights if self.tiers else 0, "kv": self.tiers.kv if self.tiers else 0}
+        beside = {"repacked": self.repacked_beside.repacked} if self.repacked_beside else {}
+        return {"copied": self.tiers.weights if self.tiers else 0, "kv": self.tiers.kv if self.tiers else 0, **beside}
 
     @property
     def load_bytes(self) -> int:
@@ -108,7 +111,8 @@ class EnginePlan:
         on_devices = sum(device.weights + device.slots for device in self.devices)
         if self.is_resident:
             return self.weight_forms.mapped + self.weight_forms.copied + self.weight_forms.repacked
-        return on_devices + (self.tiers.weights + self.tiers.host_pool if self.tiers else 0)
+        beside = self.repacked_beside.repacked if self.repacked_beside else 0
+        return on_devices + beside + (self.tiers.weights + self.tiers.host_pool if self.tiers else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
     speeds = {} if config.is_budgeted else machine.kernels
     if speeds is None:
         speeds = {}
-        if config.memory.weights == "auto" and matrix_bytes(sources) >= _PROBE_ABOVE_BYTES:
+        if config.memory.weights == "auto" and gguf.n_bytes >= _PROBE_ABOVE_BYTES:
             with closing(CpuBackend(n_threads)) as backend:
                 speeds = measured_speeds(repackable_types(sources), backend)
     model = _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
@@ -250,7 +254,7 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, pr
     may_be_resident = not plan.devices and not _needs_tiers(config, plan, fits=True)
     try:
         if plan.devices or _needs_tiers(config, plan, fits=required <= plan.available):
-            return _in_tiers(config, plan, devices, program)
+            return _repacked_beside(config, plan.weight_forms, _in_tiers(config, plan, devices, program))
         _require(config, plan, required)
     except DoesNotFitError as error:
         if may_be_resident and required < error.required_bytes:
@@ -289,6 +293,21 @@ def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, progra
     tiers = replace(tiers, is_final=isinstance(plan.lossy.chooser, Elastic))
     lossy = with_resident(plan.lossy, layers, tiers, plan.priors)
     return replace(plan, tiers=tiers, lossy=lossy, notes=(*plan.notes, lossy.note))
+
+
+def _repacked_beside(config: EngineConfig, forms: WeightForms, plan: EnginePlan) -> EnginePlan:
+    """The plan with a second copy of weights for steps of one token, if `forms` want it and nothing is in its way.
+
+    All experts must be in host memory, and nothing may watch steps between layers.
+    """
+    tiers = plan.tiers
+    is_watched = config.trace is not None or plan.lossy is not None
+    if forms.mode != "both" or tiers is None or plan.devices or is_watched or tiers.n_resident < tiers.n_experts:
+        return plan
+    repacked, staging = forms.repacked_beside(plan.sources)
+    if not repacked or tiers.fixed + tiers.host_pool + repacked + staging > plan.available:
+        return plan
+    return replace(plan, repacked_beside=replace(forms, repacked=repacked, staging=staging))
 
 
 def _needs_tiers(config: EngineConfig, plan: EnginePlan, *, fits: bool) -> bool:

@@ -11,6 +11,7 @@ from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.graph.weights import STAGED_BYTES, Form
 from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.model.regrouped import as_matrix, join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, WeightSource
 from slimoe.offload.plan.engine_config import WEIGHT_MODES
@@ -58,6 +59,15 @@ class WeightForms:
         """The form of a weight for steps of one token."""
         return "repacked" if self.mode == "both" and self._repacks(source) else self.batch_form(source)
 
+    def repacked_beside(self, sources: ModelSources) -> tuple[int, int]:
+        """Bytes of what `both` repacks of a model whose experts lie in buckets, and those of staging meanwhile.
+
+        `sources` are the file's own.
+        """
+        weights = (*_weights(join_layers(without_experts(sources))), *bucket_stacks(sources))
+        sizes = [source.n_bytes for source in weights if self.single_form(source) == "repacked"]
+        return sum(sizes), max(sizes, default=0)
+
     def _repacks(self, source: WeightSource) -> bool:
         return source.type in self.repacked_types and _repackable(source)
 
@@ -72,9 +82,17 @@ class Needs:
     n_batch: int
 
 
+def bucket_stacks(sources: ModelSources) -> Iterator[WeightSource]:
+    """The stacks of all buckets of experts' best copies; a stack of a single expert is a matrix."""
+    for layer in sources.layers:
+        if layer.buckets:
+            for bucket in sorted({copies[0] for copies in layer.buckets.layout.buckets}):
+                yield from map(as_matrix, layer.buckets.buckets[bucket])
+
+
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
     """Types of this model's weights that can be repacked on this CPU."""
-    return {source.type for source in _weights(sources) if _repackable(source)}
+    return {source.type for source in (*_weights(sources), *bucket_stacks(sources)) if _repackable(source)}
 
 
 def matrix_bytes(sources: ModelSources) -> int:

@@ -251,6 +251,27 @@ def test_a_random_model_with_main_experts_has_the_whole_models_weights(tmp_path:
         write_random_native(paths[1], spec, ("Q4_K",), n_main=2)
 
 
+def test_random_experts_in_buckets_are_of_the_types_and_widths_that_were_asked_for(tmp_path: Path) -> None:
+    path, spec = tmp_path / "buckets.gguf", SHAPES["smoke"].spec
+    write_random_native(path, spec, ("Q4_K",), buckets=("Q4_K/Q6_K", "Q3_K:256"))
+    tensors = file_tensors(path)
+    found = {
+        name: (one.tensor_type.name, one.data.shape[0])
+        for name, one in tensors.items()
+        if "blk.1.ffn_down_exps" in name
+    }
+    assert found == {"blk.1.ffn_down_exps.b0.weight": ("Q6_K", 2), "blk.1.ffn_down_exps.b1.weight": ("Q3_K", 2)}
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1))) as engine:
+        widths = [copies[0].gate.ne[1] for layer in engine.plan.layers if layer for copies in layer.experts]
+        assert widths == [512, 256] * 4
+        assert np.isfinite(engine.prefill([1, 2, 3])).all()
+        assert np.isfinite(engine.decode(4)).all()
+    with pytest.raises(UsageError, match="5 buckets are more than the 4 experts"):
+        write_random_native(path, spec, ("Q4_K",), buckets=("Q4_K",) * 5)
+    with pytest.raises(UsageError, match="600 is no width of experts in Q4_K:600"):
+        write_random_native(path, spec, ("Q4_K",), buckets=("Q4_K:600",))
+
+
 @pytest.mark.parametrize("bench", ["offload", "copies_quality"])
 def test_the_old_spelling_of_two_copies_is_understood(bench: str) -> None:
     context = import_module(f"bench.{bench}").main.make_context("bench", ["--pair", "Q4_K,Q2_K"])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from bench.baselines.stepping import kl_divergence
 from slimoe.offload.engine import Engine
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_plan import plan_engine
-from tests.models.configs import engine_config
+from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.native_files import NativeFfn, StoredExpert, native_logits, plain_ffn, write_native
 
@@ -26,9 +27,10 @@ def stock(moe_gguf: Path) -> GGUFContent:
     return read_content(moe_gguf)
 
 
-def scores(path: Path, n_batch: int) -> Array:
+def scores(path: Path, n_batch: int, **settings: Any) -> Array:
     """Logits of every token, read `n_batch` at a time."""
-    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, kv_type="f32"))) as engine:
+    config = reconfigured(engine_config(path, n_ctx=256, n_threads=1, kv_type="f32"), **settings)
+    with closing(Engine.open(config)) as engine:
         batches = [TOKENS[begin : begin + n_batch] for begin in range(0, len(TOKENS), n_batch)]
         return np.concatenate([engine.read(batch, len(batch)).copy() for batch in batches])
 
@@ -85,6 +87,30 @@ def test_one_type_in_other_places_is_bit_for_bit_the_stock_file(tmp_path: Path, 
     same = write_content(tmp_path / "same.gguf", stock.quantised(Type.Q8_0, lambda name: "_exps" in name))
     for n_batch in (1, 12):
         np.testing.assert_array_equal(scores(paged, n_batch), scores(same, n_batch))
+
+
+@pytest.mark.parametrize("layers", [[TYPES, WIDTHS], [TWO_COPIES, CONSTANTS], [ALIASES, ONLY_CONSTANTS]])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_one_graph_computes_what_steps_that_stop_at_routers_do(
+    tmp_path: Path, stock: GGUFContent, layers: Sequence[NativeFfn], n_threads: int
+) -> None:
+    """A router trace has every step stop; the logits are the same to the last bit."""
+    path = write_native(tmp_path / "m.gguf", stock, layers)
+    stopped = scores(path, 1, n_threads=n_threads, trace=tmp_path / "trace")
+    np.testing.assert_array_equal(scores(path, 1, n_threads=n_threads), stopped)
+
+
+def test_repacked_experts_of_a_native_file_are_those_of_the_stock_file(tmp_path: Path, stock: GGUFContent) -> None:
+    """Two buckets of equal types, so that no stack is the stock file's; the kernels are, also of a stack of one."""
+    matrices = [NativeFfn(tuple(StoredExpert(e, (Type.Q4_0,)) for e in (5, 4, 3, 2, 1, 0)), (5, 4, 3, 2, 1, 0))] * 2
+    paged = write_native(tmp_path / "m.gguf", stock, matrices)
+    same = write_content(tmp_path / "same.gguf", stock.quantised(Type.Q4_0, lambda name: "_exps" in name))
+    repacked = scores(paged, 1, weights="both")
+    np.testing.assert_array_equal(repacked, scores(same, 1, weights="both"))
+    config = engine_config(paged, n_ctx=256, n_threads=1, weights="both")
+    with closing(Engine.open(config)) as engine:
+        assert engine.memory()["repacked"] > sum(6 * 3 * 64 * width * 18 // 32 for width in (32, 32))
+    assert not np.array_equal(repacked, scores(paged, 1))
 
 
 def test_a_constant_expert_is_what_an_expert_of_constant_output_is(tmp_path: Path, stock: GGUFContent) -> None:
