@@ -46,4 +46,7 @@ def _problems(source: ModelSource, first: LayerPlan | None, layer: LayerPlan) ->
         yield counts, f"Keep as many in each layer: --keep-experts {fitting}, without --overall."
     widths = [layer_shape(source, one).n_ff for one in (layer, first)]
     if widths[0] != widths[1]:
-        yield f"have experts of {widths[0]} neurons and layer {first.block} of {widths[1]}", "Name one --width for all."
+        yield (
+            f"have experts of {widths[0]} neurons and layer {first.block} of {widths[1]}",
+            f"Make all as narrow: --width {min(widths)}.",
+        )

@@ -241,6 +241,8 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
             raise UnsupportedModelError(
                 source.path, "no layer would keep its attention.", "Keep one layer's, at least."
             )
+    if plan.format == "stock":
+        _check_widths(source, plan)
     first = next((layer for layer in plan.layers if layer.rows), plan.layers[0])
     for layer in plan.layers:
         problem = next(_stock_problems(source, first, layer), None) if plan.format == "stock" else None
@@ -261,6 +263,18 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     if plan.format == "stock" and dense_layer_keys([layer_shape(source, layer) for layer in plan.layers]) is None:
         problem = "dense layers would lie among those with experts in a way that the stock format cannot say."
         raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
+
+
+def _check_widths(source: ModelSource, plan: CompressPlan) -> None:
+    """In stock files all experts are as wide: the narrowest one says how wide they may be."""
+    widths = {
+        matrix_width(source, layer.block, expert): layer.block for layer in plan.layers for expert in layer.experts
+    }
+    if len(widths) > 1:
+        least, most = min(widths), max(widths)
+        problem = f"experts would have {least} neurons in layer {widths[least]} and {most} in layer {widths[most]}"
+        hint = f"Make all as narrow with --width {least} (and --stats), or write the native format, which can."
+        raise UnsupportedModelError(source.path, f"{problem}, which the stock format cannot hold.", hint)
 
 
 def _check_layer(source: ModelSource, layer: LayerPlan) -> None:
@@ -323,10 +337,7 @@ def _stock_problems(source: ModelSource, first: LayerPlan, layer: LayerPlan) -> 
         yield "would have a router whose rows mean other experts than their own"
     if len(layer.experts) != len(first.experts):
         yield f"would have {len(layer.experts)} experts and layer {first.block} {len(first.experts)}"
-    widths = {matrix_width(source, layer.block, expert) for expert in layer.experts}
     width = matrix_width(source, first.block, first.experts[0])
-    if widths != {width}:
-        yield f"would have experts of other widths than {width}, as layer {first.block} has"
     shared, n_shared = source.spec.architecture.shared, source.spec.experts.n_ff_shared
     if shared is not None and shared.width == "counted" and n_shared % width:
         yield f"would have experts of width {width}, of which its shared expert's, {n_shared}, is no multiple"

@@ -11,7 +11,7 @@ from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.trial import Trial
 from slimoe.converter.forward.windows import cut_windows
-from slimoe.converter.layout.offsets import plan_bytes
+from slimoe.converter.layout.offsets import lay_out, plan_bytes
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.report.evaluation import Reference
@@ -19,7 +19,7 @@ from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import MatrixKey, expert_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.quantiser import PlainQuantiser, statistics_importance
-from slimoe.offload.errors import UsageError
+from slimoe.offload.errors import UnsupportedModelError, UsageError
 from tests.models.compress_plans import learnt
 from tests.models.held_model import HeldModel, hold, random_mixtral
 from tests.models.tiny_checkpoint import TinyConfig
@@ -112,3 +112,17 @@ def test_a_width_that_some_experts_do_not_have_is_refused_with_the_layer(
     narrow = redundant.changed({gate: found[gate][:16], up: found[up][:16], down: found[down][:, :16]})
     with pytest.raises(UsageError, match="--width is 32, but experts of layer 1 have 16 neurons"):
         plan_compression(narrow, statistics, Recipe(experts=ExpertRecipe(width=32)))
+
+
+def test_experts_of_several_widths_become_stock_by_the_advice_of_the_refusal(
+    redundant: HeldModel, tmp_path: Path
+) -> None:
+    gate, up, down = (expert_key(1, name, 0) for name in ("gate", "up", "down"))
+    found, types = redundant.matrices, StorageRecipe(expert="Q8_0", attention="Q8_0")
+    narrow = redundant.changed({gate: found[gate][:64], up: found[up][:64], down: found[down][:, :64]})
+    statistics = learnt(narrow, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"64 neurons in layer 1 and 128 in layer 1.* with --width 64 "):
+        plan_bytes(plan_compression(narrow, statistics, Recipe(format="stock", types=types)), narrow, statistics)
+    advised = Recipe(format="stock", types=types, experts=ExpertRecipe(width=64))
+    plan = plan_compression(narrow, statistics, advised)
+    assert lay_out(narrow, plan, statistics).spec.n_ff == 64
