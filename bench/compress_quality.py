@@ -25,13 +25,12 @@ from rich.console import Console
 
 from bench.baselines.llama_cpp import FILE_TYPES, llama_quantize
 from bench.limits import machine
-from bench.limits.flags import threads_flag
 from bench.quality.lab import Lab, Row
+from bench.quality.lab_flags import LabFlags, lab_flags
 from bench.quality.smoke_model import smoke_model
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
-from slimoe.offload.errors import DoesNotFitError, SlimoeError, UsageError
-from slimoe.offload.resources.processors import default_threads
+from slimoe.offload.errors import DoesNotFitError, SlimoeError
 
 BITS = (1.6, 2.1, 2.6, 3.1, 4.3)
 PARTS = ("baselines", "budgets", "experts")
@@ -134,12 +133,7 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
 
 
 @click.command(context_settings={"token_normalize_func": lambda name: OLD_PARTS.get(name, name)})
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
-@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
-@click.option(
-    "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on: not what was calibrated on."
-)
-@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
+@lab_flags(8)
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS[:2], show_default=True)
 @click.option(
     "--feedback/--no-feedback", default=True, show_default=True, help="Files with feedback too: minutes each."
@@ -151,36 +145,26 @@ def smoke(lab: Lab, say: Say) -> list[Row]:
     show_default=True,
     help="Of the experts' bytes, for the part experts.",
 )
-@threads_flag
-@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
-    checkpoint: Path | None,
-    stats: Path | None,
-    texts: tuple[str, ...],
-    windows: int,
     parts: tuple[str, ...],
     feedback: bool,
     expert_share: float,
-    threads: int | None,
-    is_smoke: bool,
 ) -> None:
     """Measure what compressing costs at equal bytes."""
+    flags = LabFlags.told()
     console = Console(stderr=True)
     steps = {"baselines": baselines, "budgets": budgets, "smoke": smoke}
     steps["experts"] = partial(experts, share=expert_share)
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-quality-") as name:
-            if is_smoke:
+            if flags.is_smoke:
                 path, parts = Path(name) / "checkpoint", ("smoke",)
                 source, statistics, reference = smoke_model(path)
                 lab = Lab(path, source, statistics, reference, Path(name), 1)
-            elif checkpoint is None or stats is None or not texts:
-                raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
             else:
-                n_threads = threads or default_threads()
-                lab = Lab.open(checkpoint, stats, texts, windows, Path(name), n_threads, feedback=feedback)
+                lab = flags.lab(Path(name), feedback=feedback)
             found = {part: steps[part](lab, lambda line: console.print(line, markup=False)) for part in parts}
-            about = {"n_windows": windows, "texts": list(texts), "bf16_bytes": lab.bf16_bytes}
+            about = {"n_windows": flags.n_windows, "texts": list(flags.texts), "bf16_bytes": lab.bf16_bytes}
             lab.reference.close()
     except SlimoeError as error:
         console.print(str(error), markup=False)

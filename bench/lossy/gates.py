@@ -28,9 +28,9 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.limits import machine
-from bench.limits.flags import threads_flag
 from bench.lossy.gated_experts import Rule, Saved, Selected, nothing, run_gated
 from bench.quality.lab import read_windows
+from bench.quality.lab_flags import LabFlags, lab_flags
 from bench.quality.smoke_model import smoke_model
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.forward.head import read_head
@@ -50,7 +50,6 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.lossy.loss import LossTable, loss_tables
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
-from slimoe.offload.resources.processors import default_threads
 
 PARTS = ("protection", "gates")
 IMPORTANCE = ("odp", "attention", "norm", "first", "random")
@@ -225,36 +224,25 @@ def measure(
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="A model of experts in every layer.")
-@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
-@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on; at least one.")
-@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Of 512 tokens, of each text.")
+@lab_flags(4)
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, default=PARTS, show_default=True)
-@threads_flag
-@click.option("--smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
-    checkpoint: Path | None,
-    stats: Path | None,
-    texts: tuple[str, ...],
-    windows: int,
     parts: tuple[str, ...],
-    threads: int | None,
-    smoke: bool,
 ) -> None:
     """Measure what saving on selected experts costs, by several rules that save as much."""
+    flags = LabFlags.told()
     console, found = Console(stderr=True, width=120), list[Row]()
-    torch.set_num_threads(threads or default_threads())
+    torch.set_num_threads(flags.n_threads)
     try:
         with tempfile.TemporaryDirectory(prefix="slimoe-gates-") as name:
-            if smoke:
+            if flags.is_smoke:
                 source, statistics, reference = smoke_model(Path(name) / "checkpoint", types=("Q2_K", "Q4_K"))
                 cut = reference.windows
-            elif checkpoint is None or stats is None or not texts:
-                raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
             else:
+                checkpoint, stats = flags.paths()
                 source = open_source(checkpoint)
                 statistics = load_statistics(stats, source)
-                cut = cut_windows(read_windows(source, texts, windows))
+                cut = cut_windows(read_windows(source, flags.texts, flags.n_windows))
             for row in measure(source, statistics, cut, parts, Path(name) / "copies.gguf"):
                 found.append(row)
                 about = f"{row['where']}, {row['skipped_per_token']:.2f} skipped" if "where" in row else ""
@@ -267,7 +255,11 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    print(json.dumps({"rows": found, "texts": list(texts), "n_windows": windows, "machine": machine.describe()}))
+    print(
+        json.dumps(
+            {"rows": found, "texts": list(flags.texts), "n_windows": flags.n_windows, "machine": machine.describe()}
+        )
+    )
 
 
 if __name__ == "__main__":

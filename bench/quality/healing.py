@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from bench.limits import machine
-from bench.limits.flags import threads_flag
+from bench.quality.lab_flags import LabFlags, lab_flags
 from bench.quality.smoke_model import smoke_model
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.compressed_experts import CompressedSource
@@ -41,7 +41,6 @@ from slimoe.converter.stats.statistics_file import load_statistics
 from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.resources.duration import parse_minutes
-from slimoe.offload.resources.processors import default_threads
 from slimoe.server.chat.text_encoder import TokenizerEncoder
 
 KINDS = ("native", "stock", "dropped", "merged", "neurons", "narrower", "main", "main-f32")
@@ -116,10 +115,7 @@ def rows(
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
-@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
-@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on; at least one.")
-@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="Of 512 tokens, of each text.")
+@lab_flags(4)
 @click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
 @click.option("--heal", "times", multiple=True, default=("2m",), show_default=True, help="Time to train for.")
 @click.option(
@@ -129,35 +125,27 @@ def rows(
     show_default=True,
     help="Of the experts that are left.",
 )
-@threads_flag
-@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
-    checkpoint: Path | None,
-    stats: Path | None,
-    texts: tuple[str, ...],
-    windows: int,
     kinds: tuple[str, ...],
     times: tuple[str, ...],
     share: float,
-    threads: int | None,
-    is_smoke: bool,
 ) -> None:
     """Measure what healing wins back."""
+    flags = LabFlags.told()
     console, found = Console(stderr=True), list[Row]()
-    torch.set_num_threads(threads or default_threads())
+    torch.set_num_threads(flags.n_threads)
     try:
         seconds = [parse_minutes(one) or 0.0 for one in times]
         if min(seconds) <= 0:
             raise UsageError("Give times to train for, such as --heal 2m.")
         with tempfile.TemporaryDirectory(prefix="slimoe-healing-") as name:
-            if is_smoke:
+            if flags.is_smoke:
                 source, statistics, reference = smoke_model(Path(name) / "checkpoint")
                 kinds, seconds = ("dropped",), [0.5]
-            elif checkpoint is None or stats is None or not texts:
-                raise UsageError("Name --checkpoint, --stats and at least one --text, or --smoke.")
             else:
-                source, files = open_source(checkpoint), [TextFile.parse(one) for one in texts]
-                n_tokens = 512 * windows * len(files)
+                checkpoint, stats = flags.paths()
+                source, files = open_source(checkpoint), [TextFile.parse(one) for one in flags.texts]
+                n_tokens = 512 * flags.n_windows * len(files)
                 with closing(TokenizerEncoder(source.path, source.metadata)) as encoder:
                     cut = read_eval_text(files, encoder, source.spec.n_ctx_train, n_tokens=n_tokens).windows
                 statistics, reference = load_statistics(stats, source), Reference(source, cut)
@@ -171,7 +159,7 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    print(json.dumps({"rows": found, "texts": list(texts), "share": share, "machine": machine.describe()}))
+    print(json.dumps({"rows": found, "texts": list(flags.texts), "share": share, "machine": machine.describe()}))
 
 
 if __name__ == "__main__":

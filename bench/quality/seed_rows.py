@@ -17,6 +17,7 @@ from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.write.estimate import seconds_per_weight, writing_seconds
 from slimoe.converter.write.feedback_time import FeedbackTime, measured_speeds
 from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.files.whole_file import BusyError
 from slimoe.offload.plan.engine_config import ContextConfig, DeviceConfig, EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
 
@@ -87,6 +88,9 @@ def measured(lab: Lab, trial: Trial, path: Path) -> Row:
         trial.make(lab, path)
     except DoesNotFitError as error:
         return row | {"refused": str(error), "required": error.required_bytes}
+    except BusyError:
+        # Another run has the file, which says nothing of the recipe.
+        raise
     except UsageError as error:
         return row | {"refused": str(error)}
     seconds = time.monotonic() - begin

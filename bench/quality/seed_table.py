@@ -28,15 +28,15 @@ import torch
 from rich.console import Console
 
 from bench.limits import machine
-from bench.limits.flags import threads_flag
 from bench.quality.lab import Lab, Row
+from bench.quality.lab_flags import LabFlags, lab_flags
 from bench.quality.seed_report import Table, markdown, picture
 from bench.quality.seed_rows import Rows, about, cost, measured
 from bench.quality.seed_speed import decode_ratio, open_engine
 from bench.quality.seed_trials import F16, METHODS, Refusal, Trial
 from bench.quality.smoke_model import smoke_model
 from slimoe.offload.errors import SlimoeError, UsageError
-from slimoe.offload.resources.processors import default_threads
+from slimoe.offload.files.whole_file import Destination
 
 SHARES = (12.5, 16.0, 23.0, 32.0, 44.0)
 """Of the checkpoint's bytes in 16 bits, in percent: 23 is the seed's 77.1 % less, 12.5 llama.cpp's least."""
@@ -118,10 +118,7 @@ def as_json(lab: Lab, table: Table) -> Row:
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="What all files are made of.")
-@click.option("--stats", type=click.Path(path_type=Path), help="What slimoe calibrate measured of it.")
-@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="To evaluate on; at least one.")
-@click.option("--windows", type=click.IntRange(1), default=8, show_default=True, help="Of 512 tokens, of each text.")
+@lab_flags(8)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of rows, files, table and picture.")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="Which methods.  [all]")
 @click.option(
@@ -134,23 +131,16 @@ def as_json(lab: Lab, table: Table) -> Row:
     help="Percent of the bytes in 16 bits.",
 )
 @click.option("--rounds", type=click.IntRange(0), default=5, show_default=True, help="Of speed; 0 measures none.")
-@threads_flag
-@click.option("--smoke", "is_smoke", is_flag=True, help="Seconds only: shows that the bench works, measures nothing.")
 def main(
-    checkpoint: Path | None,
-    stats: Path | None,
-    texts: tuple[str, ...],
-    windows: int,
     out: Path | None,
     methods: tuple[str, ...],
     shares: tuple[float, ...],
     rounds: int,
-    threads: int | None,
-    is_smoke: bool,
 ) -> None:
     """Measure all methods at the same bytes, in one table and one picture."""
-    console, n_threads = Console(stderr=True), threads or default_threads()
-    torch.set_num_threads(n_threads)
+    flags = LabFlags.told()
+    console = Console(stderr=True)
+    torch.set_num_threads(flags.n_threads)
     settings = Settings(methods or tuple(METHODS), shares, rounds)
 
     def say(line: str) -> None:
@@ -159,14 +149,17 @@ def main(
     try:
         with ExitStack() as stack:
             begin = time.monotonic()
-            if is_smoke:
+            if flags.is_smoke:
                 out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slimoe-seed-")))
                 lab, settings = smoke(out)
-            elif checkpoint is None or stats is None or not texts or out is None:
-                raise UsageError("Name --checkpoint, --stats, at least one --text, and --out, or --smoke.")
             else:
+                flags.paths()
+                if out is None:
+                    raise UsageError("Name --out, a folder for rows, files, table and picture.")
                 out.mkdir(parents=True, exist_ok=True)
-                lab = Lab.open(checkpoint, stats, texts, windows, out, n_threads)
+                # Another run would measure the same rows, and find their files half made.
+                stack.enter_context(Destination(out / "rows.jsonl", resumes=True))
+                lab = flags.lab(out)
             stack.callback(lab.reference.close)
             rows = Rows.open(out / "rows.jsonl", about(lab))
             table = measure(lab, rows, settings, time.monotonic() - begin, say)
@@ -177,7 +170,9 @@ def main(
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)
-    print(json.dumps(document | {"texts": list(texts), "n_windows": windows, "machine": machine.describe()}))
+    print(
+        json.dumps(document | {"texts": list(flags.texts), "n_windows": flags.n_windows, "machine": machine.describe()})
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from bench.quality.smoke_model import smoke_model
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.errors import UsageError
+from slimoe.offload.files.whole_file import BusyError, Destination
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,25 @@ def test_a_command_without_texts_says_what_is_missing(tmp_path: Path) -> None:
     assert (done.exit_code, done.stdout) == (2, "")
     assert "at least one --text" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_on_a_folder_is_refused_at_once(tmp_path: Path) -> None:
+    words = [f"--{name}" for name in ("checkpoint", "stats", "text")]
+    words = [word for name in words for word in (name, str(tmp_path / "none"))]
+    with Destination(tmp_path / "rows.jsonl", resumes=True):
+        done = CliRunner().invoke(main, [*words, "--out", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    told = " ".join(done.stderr.split())
+    assert (
+        told == f"{tmp_path / 'rows.jsonl'} is being written by another run. Wait for its end, or choose another name."
+    )
+
+
+def test_a_file_that_another_run_has_is_no_refusal_of_its_recipe(lab: Lab, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    types = StorageRecipe(expert="Q8_0", attention="Q8_0", token="Q8_0", output="Q8_0")
+    with Destination(path), pytest.raises(BusyError):
+        measured(lab, Trial("one type", "Q8_0", Recipe(types=types)), path)
 
 
 def test_the_row_of_a_recipe_that_is_refused_says_why(lab: Lab, tmp_path: Path) -> None:
