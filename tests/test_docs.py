@@ -92,8 +92,9 @@ def test_benches_that_are_named_exist_and_have_the_flags(name: str) -> None:
         for module, rest in re.findall(r"python -m (bench(?:\.\w+)+)(.*)", line):
             path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
             assert path.is_file(), line
-            # Flags that benches share stand in a module of their own.
+            # Flags that benches share stand in modules of their own.
             source = text(path) + text(ROOT / "bench/limits/flags.py")
+            source += text(ROOT / "bench/quality/lab_flags.py") if "@lab_flags(" in source else ""
             for flag in re.findall(r"(?<=\s)--[a-z][a-z-]*", rest):
                 assert flag == "--help" or f'"{flag}"' in source, line
 
