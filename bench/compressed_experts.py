@@ -24,14 +24,14 @@ from bench.limits import machine
 from bench.limits.flags import threads_flag
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
-from bench.quality.lab import Row, active_parameters, read_windows
+from bench.quality.lab import Row, read_windows
 from slimoe.converter.budget.compressed_experts import CompressedSource, fit_compressed_experts
 from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.texts import TextFile, read_texts
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import Quality, summarise
-from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.model_source import ModelSource, active_weights
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.resources.processors import default_threads
@@ -55,7 +55,7 @@ def rows(source: ModelSource, tokens: Tokens, windows: Windows, mains: tuple[int
             }
             yield {
                 "n_main": n_main,
-                "active": active_parameters(compressed),
+                "active": active_weights(compressed),
                 "kl_plain": _kl(plain),
                 "kl": _kl(ours),
                 "kl_error": ours.total.divergence.error,
@@ -132,7 +132,7 @@ def main(
                     f"{row['kl']:.5f} with vectors, {row['closed']:.0%} closed",
                     markup=False,
                 )
-            about = {"n_active_before": active_parameters(source), "texts": list(texts), "n_windows": windows}
+            about = {"n_active_before": active_weights(source), "texts": list(texts), "n_windows": windows}
     except SlimoeError as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)

@@ -17,7 +17,7 @@ from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.report.cloze import Cloze, cloze, content_tokens
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import Quality, summarise
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key
+from slimoe.converter.source.model_source import ModelSource, active_weights
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.imatrix_file import imatrix_of
 from slimoe.converter.stats.statistics import Statistics
@@ -105,7 +105,7 @@ class Lab:
             "perplexity_rise": {name: one.perplexity_rise for name, one in quality.domains.items()},
             "perplexity": {name: one.perplexity for name, one in quality.domains.items()},
             "cloze": [sum(column) / n_words for column in zip(*firsts, strict=True)] if n_words else None,
-            "active": active_parameters(model),
+            "active": active_weights(model),
         }
 
     def evaluated(self, path: Path) -> Row:
@@ -131,23 +131,3 @@ def read_windows(source: ModelSource, texts: tuple[str, ...], n_windows: int) ->
             file.domain: encoder.text(file.path.read_text("utf-8"), at_start=True)[: n_windows * WINDOW]
             for file in files
         }
-
-
-def active_parameters(source: ModelSource) -> int:
-    """Weights that a token is multiplied with or looks up: all but those of experts that it does not use.
-
-    Experts of a layer that differ in size count with the mean over the router's rows.
-    """
-    spec, n = source.spec, 0.0
-    for key, shape in source.shapes.items():
-        if key.expert < 0:
-            n += math.prod(shape) if ".ffn_aux_" not in key.name else spec.n_expert_aux * shape[-1]
-    for block, layer in enumerate(source.layers):
-        for expert in layer.target:
-            parts = (
-                [expert_key(block, projection, expert) for projection in PROJECTIONS]
-                if expert >= 0
-                else [constant_key(block, -1 - expert)]
-            )
-            n += spec.n_expert_used / len(layer.target) * sum(math.prod(source.shapes.get(key, (0,))) for key in parts)
-    return round(n)

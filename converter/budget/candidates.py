@@ -1,7 +1,11 @@
-"""What meets a size: structures that compete for the same bytes, each with the types that then cost least."""
+"""What meets a size: structures that compete for the same bytes, each with the types that then cost least.
 
-from collections.abc import Callable
+Where neither types nor widths meet it, there are ways to have fewer experts or fewer blocks.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from slimoe.converter.budget.knapsack import Allocation
 from slimoe.converter.budget.structure import Structure
@@ -9,10 +13,16 @@ from slimoe.converter.budget.types import TypeAllocator, too_large
 from slimoe.converter.budget.widths import Narrower, all_narrowed, common_widths, may_narrow, with_chosen_widths
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import Recipe
-from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UnsupportedModelError
+
+_STEPS = 8
+"""Numbers of experts that are tried."""
+Way = Sequence[Recipe]
+"""Recipes of one kind, from what leaves out least to what leaves out most."""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,14 @@ class SizedPlans:
             raise next((one for one in refused if not isinstance(one, DoesNotFitError)), refused[-1])
         return min(found, key=lambda one: one.cost)
 
+    def least(self, recipe: Recipe, structure: Structure) -> int:
+        """The bytes of the smallest candidate; raises UnsupportedModelError as laying out does."""
+        if recipe.format == "stock" and may_narrow(recipe):
+            for width in common_widths(self.statistics, structure)[:1]:
+                structure = all_narrowed(self.statistics, structure, width)
+        allocator = TypeAllocator(self.source, self.statistics, self.costs, recipe, structure)
+        return allocator.size.of(self.complete(allocator.smallest(self.open_plan(structure))))
+
     def typed(self, recipe: Recipe, structure: Structure) -> Candidate:
         """The candidate of a structure, with the types that cost least; raises as `best` does."""
         allocator = TypeAllocator(self.source, self.statistics, self.costs, recipe, structure)
@@ -102,6 +120,72 @@ def as_wide(recipe: Recipe, n_ff: int) -> Recipe:
 
 
 def freedoms(recipe: Recipe, n_ff: int) -> list[Recipe]:
-    """The recipe, and the same with fewer freedoms: without narrower experts, and with types alone."""
-    wide = as_wide(recipe, n_ff)
-    return list(dict.fromkeys((recipe, wide, replace(wide, free_constants=False, free_layers=False))))
+    """The recipe, and the same with fewer freedoms: without constants, without narrower experts, with types alone."""
+    kinds = recipe, as_wide(recipe, n_ff)
+    bound = [replace(one, free_constants=False, free_layers=False) for one in kinds]
+    return list(dict.fromkeys((recipe, bound[0], kinds[1], bound[1])))
+
+
+def ways_to_fewer(source: ModelSource, recipe: Recipe, *, may_merge: bool) -> list[Way]:
+    """The ways to leave out more than a recipe for a size says; what it says of experts and layers itself stays.
+
+    In native files constants may stand for experts, and parts of layers may go; in either format experts are pruned or,
+    if they `may_merge`, joined; in stock files whole blocks go.
+    """
+    experts, is_native, ways = recipe.experts, recipe.format == "native", list[Way]()
+    if experts.main is not None or experts.merge is not None:
+        return ways
+    if is_native and not (recipe.free_constants and recipe.free_layers):
+        ways.append((replace(recipe, free_constants=True, free_layers=True),))
+    if experts.keep is None:
+        fewer = [replace(recipe, experts=replace(experts, keep=n)) for n in _counts(source)]
+        ways.append(fewer)
+        if may_merge and experts.width is None and not recipe.free_constants and _are_alike(source):
+            ways.append([replace(one, experts=replace(one.experts, merge="neurons")) for one in fewer])
+    if not is_native and not recipe.drop_blocks:
+        ways.append([replace(recipe, drop_blocks=n) for n in range(1, source.spec.n_layer)])
+    return ways
+
+
+def _counts(source: ModelSource) -> list[int]:
+    """The numbers of experts to keep that are tried, the most first; groups that a router selects stay equal."""
+    n_stored = min((layer.n_stored for layer in source.layers if layer.n_stored), default=0)
+    n_group, least = source.spec.experts.n_group or 1, source.spec.n_expert_used
+    step = n_group * max(1, n_stored // (_STEPS * n_group))
+    return [n for n in range(n_stored - step, 0, -step) if n >= least]
+
+
+def _are_alike(source: ModelSource) -> bool:
+    """Whether the experts of each layer have as many neurons, so that they can be joined."""
+    return all(
+        len({source.shapes[expert_key(block, "gate", expert)] for expert in range(layer.n_stored)}) <= 1
+        for block, layer in enumerate(source.layers)
+    )
+
+
+def best_of_fewer(
+    ways: Sequence[Way], fits: Callable[[Recipe], bool], attempt: Callable[[Recipe], tuple[float, Found]]
+) -> Found | None:
+    """What an attempt found that loses least; None if nothing fits.
+
+    Of each way the first recipe that fits is tried, and then those that leave out more as long as they lose less: what
+    is left then has more bits. An `attempt` gives the loss and what it found, and raises an error where there is none.
+    """
+    best, least = None, float("inf")
+    for way in ways:
+        low, high = 0, len(way)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(way[middle]) else (middle + 1, high)
+        before = float("inf")
+        for recipe in way[low:]:
+            try:
+                loss, found = attempt(recipe)
+            except SlimoeError:
+                continue
+            if loss < least:
+                best, least = found, loss
+            if loss >= before:
+                break
+            before = loss
+    return best

@@ -1,12 +1,13 @@
 """From a recipe to a plan: what is kept, in which types, how large, at what expected cost; nothing is written."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.candidates import Candidate, SizedPlans, freedoms
+from slimoe.converter.budget.candidates import Candidate, SizedPlans, best_of_fewer, freedoms, ways_to_fewer
 from slimoe.converter.budget.hints import with_fallbacks, with_hints, with_low_weights, with_main_uses
 from slimoe.converter.budget.named_types import (
     NamedTypes,
@@ -21,9 +22,10 @@ from slimoe.converter.budget.named_types import (
 )
 from slimoe.converter.budget.structure import Structure, build_structure, with_order
 from slimoe.converter.budget.trial import Trial, make_trial
+from slimoe.converter.budget.types import too_large
 from slimoe.converter.budget.widths import all_narrowed, has_open_widths
 from slimoe.converter.layout.metadata import llamacpp_problem
-from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.layout.plan import MERGED, CompressPlan
 from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
 from slimoe.converter.recipe.toml_file import recipe_text
@@ -34,20 +36,20 @@ from slimoe.converter.stats.type_costs import (
     CANDIDATES,
     LOSSLESS,
     TypeCosts,
-    candidates,
-    joined_costs,
-    known_types,
-    measure_type_costs,
     priced_matrices,
+    statistics_costs,
     stored_costs,
 )
 from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.resources.memory import available_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, and with how much of it is done, of how much."""
 
-PRICING, TRYING = "measuring what types cost", "trying what it loses"
+TRYING = "trying what it loses"
+_SOON = 120
+"""Seconds for which a plan may wait for the neurons of merged experts, so that it knows what they lose."""
 _MOVED = 0.023
 """What tokens that move to other experts cost, over the square root of the rest; of two trained models, one of 24 small
 experts and one of 8, in types of 3 to 6 bits."""
@@ -76,7 +78,8 @@ def plan_compression(
 ) -> CompressPlan:
     """What a recipe makes of a model. `costs` are measured if they are needed and not given.
 
-    With `is_open` the neurons of merged experts stay to be chosen, by `with_joined_neurons`: sizes do not depend on it.
+    With `is_open` the neurons of merged experts stay to be chosen, by `with_joined_neurons`, where that takes long and
+    so what they lose would: sizes do not depend on it.
 
     Raises UsageError for what cannot be done, or not without statistics, DoesNotFitError for a size that no plan meets,
     which names the least, and UnsupportedModelError for what the format cannot hold.
@@ -88,9 +91,8 @@ def plan_compression(
     if budget is None:
         plan, costs = job.with_named_types(job.open_plan(structure), structure, costs)
     else:
-        plan, costs = job.with_best_types(structure, costs, budget)
-    plan = job.completed(plan, costs)
-    return job.with_expectation(plan if is_open else job.joined(plan), costs)
+        job, plan, costs = job.with_best_types(structure, costs, budget)
+    return job.with_expectation(job.joined(job.completed(plan, costs), is_open=is_open), costs)
 
 
 def plan_removal(
@@ -110,7 +112,7 @@ def plan_removal(
     plan = job.open_plan(job.structure())
     output = Type.F32 if MatrixKey("output.weight") in source.shapes else None
     plan = replace(plan, output_type=output, feedback=False, refit=False)
-    return job.with_expectation(plan if is_open else job.joined(plan), None)
+    return job.with_expectation(job.joined(plan, is_open=is_open), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +147,15 @@ class _Job:
         assert self.statistics is not None
         return trimmed(self.source, self.statistics, structure, self.on_progress)
 
-    def joined(self, plan: CompressPlan) -> CompressPlan:
-        """The plan with the neurons of merged experts chosen, if any are open."""
+    def joined(self, plan: CompressPlan, *, is_open: bool = False) -> CompressPlan:
+        """The plan with the neurons of merged experts chosen; with `is_open` only if that is soon done."""
         if not plan.is_open:
             return plan
-        from slimoe.converter.budget.merging import with_joined_neurons
+        from slimoe.converter.budget.merging import joining_seconds, with_joined_neurons
 
         assert self.statistics is not None
+        if is_open and (self.trial is None or joining_seconds(self.source, self.statistics, plan) > _SOON):
+            return plan
         return with_joined_neurons(self.source, self.statistics, plan, self.on_progress)
 
     def open_plan(self, structure: Structure) -> CompressPlan:
@@ -210,32 +214,80 @@ class _Job:
 
     def with_best_types(
         self, structure: Structure, costs: TypeCosts | None, budget: int
-    ) -> tuple[CompressPlan, TypeCosts]:
-        """The plan that loses least within `budget` bytes, improved by search, and what types cost."""
+    ) -> tuple["_Job", CompressPlan, TypeCosts]:
+        """The plan that loses least within `budget` bytes, improved by search, and what types cost.
+
+        Where nothing fits more is left out than the recipe says: the plan is then that of the job that comes with it.
+        """
         source, statistics = self.source, self.statistics
         if statistics is None:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
         types = candidate_types(source, self.recipe)
         known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
-        sized = SizedPlans(source, statistics, known, budget, self.open_plan, lambda one: self.completed(one, known))
-        found = self.best_candidate(sized, structure)
-        if self.recipe.search is not None:
-            from slimoe.converter.budget.refinement import refine
+        try:
+            job, found = self, self.best_candidate(self.sized(known, budget), structure)
+        except DoesNotFitError as error:
+            job, found = self.with_fewer(known, budget, error)
+        return job, job.refined(found) if self.recipe.search is not None else found.plan, known
 
-            plan, _ = refine(
-                source,
-                statistics,
-                found.allocator,
-                # Candidates are evaluated, which takes their values.
-                self.joined(self.open_plan(found.structure)),
-                found.allocation,
-                budget=found.room,
-                seconds=self.recipe.search,
-                n_threads=self.n_threads,
-                on_progress=lambda generation, kl: self.on_progress(f"searching: {kl:.5f} nats", generation, 0),
-            )
-            return plan, known
-        return found.plan, known
+    def sized(self, costs: TypeCosts, budget: int) -> SizedPlans:
+        """What makes candidates of a size."""
+        assert self.statistics is not None
+        complete = partial(self.completed, costs=costs)
+        return SizedPlans(self.source, self.statistics, costs, budget, self.open_plan, complete)
+
+    def with_fewer(self, costs: TypeCosts, budget: int, refused: DoesNotFitError) -> tuple["_Job", Candidate]:
+        """The best candidate that leaves out more than the recipe says, and the job that it is of.
+
+        Raises DoesNotFitError with the least of all, and as it was `refused` where nothing else can be left out.
+        """
+        sizes: list[int] = []
+
+        def fits(recipe: Recipe) -> bool:
+            job = replace(self, recipe=recipe)
+            try:
+                sizes.append(job.sized(costs, budget).least(recipe, job.structure()))
+            except (UnsupportedModelError, UsageError):
+                return False
+            return sizes[-1] <= budget
+
+        def attempt(recipe: Recipe) -> tuple[float, tuple[_Job, Candidate]]:
+            job = replace(self, recipe=recipe)
+            found = job.best_candidate(job.sized(costs, budget), job.structure())
+            plan = job.joined(found.plan, is_open=True)
+            if plan.is_open:
+                raise UsageError("Whether to merge experts cannot be known soon enough.")
+            loss = job.tried(plan, costs) if self.trial is not None else plan.expected_kl or 0.0
+            return loss, (job, replace(found, plan=plan))
+
+        # torch is heavy, and most plans do without.
+        from slimoe.converter.budget.merging import joining_bytes
+
+        may_merge = self.trial is not None and joining_bytes(self.source) <= available_bytes()
+        found = best_of_fewer(ways_to_fewer(self.source, self.recipe, may_merge=may_merge), fits, attempt)
+        if found is None:
+            raise too_large(min(sizes), budget) if sizes else refused
+        return found
+
+    def refined(self, found: Candidate) -> CompressPlan:
+        """The candidate's plan improved by search."""
+        from slimoe.converter.budget.refinement import refine
+
+        assert self.statistics is not None
+        assert self.recipe.search is not None
+        plan, _ = refine(
+            self.source,
+            self.statistics,
+            found.allocator,
+            # Candidates are evaluated, which takes their values.
+            self.joined(self.open_plan(found.structure)),
+            found.allocation,
+            budget=found.room,
+            seconds=self.recipe.search,
+            n_threads=self.n_threads,
+            on_progress=lambda generation, kl: self.on_progress(f"searching: {kl:.5f} nats", generation, 0),
+        )
+        return plan
 
     def best_candidate(self, sized: SizedPlans, structure: Structure) -> Candidate:
         """The candidate that loses least in a trial, or in a large model by what statistics foretell."""
@@ -246,7 +298,7 @@ class _Job:
             except DoesNotFitError:
                 if best is None:
                     raise
-                break
+                continue
             if has_open_widths(found.structure):
                 found = sized.with_neurons(recipe, found, self.trimmed(found.structure))
             if self.trial is None or len(ways) == 1:
@@ -265,7 +317,7 @@ class _Job:
             return replace(plan, expected_kl=self.tried(plan, costs))
         experts = self.recipe.experts
         uncounted = {
-            "merged experts": experts.merge is not None,
+            MERGED: plan.is_open or experts.merge in ("m-smoe", "hc-smoe"),
             "trimmed experts": experts.width is not None,
             "compressed experts": experts.main is not None,
         }
@@ -327,39 +379,6 @@ def candidate_types(source: ModelSource, recipe: Recipe) -> tuple[str, ...] | No
     widths = {source.shapes[key][1] for key in priced_matrices(source)} | ({width} if width is not None else set())
     fitting = (fitting_type(Type[name], n_per_row).name for name in asked for n_per_row in sorted(widths))
     return tuple(dict.fromkeys((*asked, *fitting)))
-
-
-def statistics_costs(
-    source: ModelSource, statistics: Statistics, types: Sequence[str] | None, n_threads: int, on_progress: Progress
-) -> TypeCosts:
-    """What these types cost, those worth choosing from if they are not given, measured where the statistics have no
-    answer; raises as `measure_type_costs` does.
-    """
-    known, missing = priced_types(source, statistics, types)
-    stored = stored_costs(statistics, known)
-    if not missing and stored is not None:
-        return stored
-    measured = measure_type_costs(
-        source,
-        statistics,
-        types=missing,
-        n_threads=n_threads,
-        on_progress=lambda done, total: on_progress(PRICING, done, total),
-    )
-    return measured if stored is None else joined_costs(stored, measured)
-
-
-def priced_types(
-    source: ModelSource, statistics: Statistics, types: Sequence[str] | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of these types, or those worth choosing from, the ones that the statistics have a price of, and the others."""
-    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
-    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
-    known = set(tried) if types is None else known_types(source, statistics)
-    may_be = tuple(name for name in candidates(source) if name in (*CANDIDATES, *tried))
-    wanted = may_be if types is None else tuple(types)
-    missing = tuple(name for name in wanted if name not in known)
-    return tuple(name for name in wanted if name not in missing), missing
 
 
 def target_bytes(source: ModelSource, recipe: Recipe) -> int | None:

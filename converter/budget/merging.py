@@ -5,22 +5,27 @@ as many are kept as one expert has, and `down` is the least-squares fit of what 
 that selected them: neurons that matter little go, and those that are left speak for members that are not their own.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, Routing, read_expert
 from slimoe.converter.forward.stream import Observer, Sequences, Stream, rows_by_expert
-from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
+from slimoe.converter.layout.plan import MERGED, CompressPlan, ExpertPlan, LayerPlan
+from slimoe.converter.methods.constant_experts import variances
 from slimoe.converter.methods.expert_matrices import merged_vectors
+from slimoe.converter.methods.layer_weight import layer_weight
+from slimoe.converter.methods.removal import TOGETHER
 from slimoe.converter.neurons.hidden_sums import hidden_sums
 from slimoe.converter.neurons.trim import trim
 from slimoe.converter.source.model_source import ModelSource, vectors_key
-from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.statistics import LayerStatistics, Statistics
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
@@ -49,10 +54,11 @@ def with_joined_neurons(
 ) -> CompressPlan:
     """The plan with chosen neurons in each expert of several members that is open, and a `down` fitted to them.
 
-    Takes `joining_bytes` of memory, and the experts of a group. Raises what reading does.
+    What these experts are expected to lose is counted where the statistics say what errors of their layers cost. Takes
+    `joining_bytes` of memory, and the experts of a group. Raises what reading does.
     """
     layers, n_open = {layer.block: layer for layer in plan.layers if _open(layer)}, _n_open(plan)
-    stream, n_done = Stream(source, _sequences(statistics)), 0
+    stream, n_done, lost = Stream(source, _sequences(statistics)), 0, 0.0
     on_progress(_STEP, 0, n_open)
     try:
         stream.embed()
@@ -63,13 +69,27 @@ def with_joined_neurons(
                 continue
             experts = []
             for one in layers[block].experts:
-                experts.append(tokens.joined(one) if one.is_open else one)
+                joined, error = tokens.joined(one) if one.is_open else (one, 0.0)
+                experts.append(joined)
+                lost += _cost(statistics.layers[block], one, error)
                 n_done += one.is_open
                 on_progress(_STEP, n_done, n_open)
             layers[block] = replace(layers[block], experts=tuple(experts))
     finally:
         stream.close()
-    return replace(plan, layers=tuple(layers.get(layer.block, layer) for layer in plan.layers))
+    plan = replace(plan, layers=tuple(layers.get(layer.block, layer) for layer in plan.layers))
+    if plan.expected_kl is None or not math.isfinite(lost):
+        return plan
+    uncounted = tuple(what for what in plan.uncounted if what != MERGED)
+    return replace(plan, expected_kl=plan.expected_kl + lost, uncounted=uncounted)
+
+
+def _cost(layer: LayerStatistics, expert: ExpertPlan, error: float) -> float:
+    """KL divergence in nats per token of a mean squared error of the layer's output; NaN if it is not known."""
+    if layer.outputs is None or layer.sensitivity is None:
+        return math.nan
+    profile = variances(layer.outputs)[list(expert.members)].mean(0)
+    return TOGETHER * layer_weight(layer, profile).cost(error)
 
 
 def joining_bytes(source: ModelSource) -> int:
@@ -163,6 +183,11 @@ class OutputSums:
         """The sums over the tokens of both."""
         return OutputSums(self.product + other.product, self.cross + other.cross, self.n_token + other.n_token)
 
+    def of(self, neurons: NDArray[np.int64]) -> "OutputSums":
+        """The sums of some of the activations."""
+        own = torch.from_numpy(neurons)
+        return OutputSums(self.product[own][:, own], self.cross[own], self.n_token)
+
     def error(self, down: Tensor) -> float:
         """The squared error of an expert with `down` [n_embd, n], less the sum of |y|^2."""
         weights = down.double().T
@@ -205,14 +230,17 @@ class _LayerTokens(Observer):
         self.inputs.append(x)
         self.routings.append(routing)
 
-    def joined(self, plan: ExpertPlan) -> ExpertPlan:
-        """The plan with the neurons that are kept and their `down`; its first member if no token selected any."""
+    def joined(self, plan: ExpertPlan) -> tuple[ExpertPlan, float]:
+        """The plan with the neurons that are kept and their `down`, and the mean squared error per token of the layer.
+
+        It is the first member, without error, if no token selected any.
+        """
         experts = [read_expert(self.source, self.layer, member) for member in plan.members]
         n_ff = len(experts[0].gate.weight)
         with torch.no_grad():
             weight, wanted = self._answers(plan.members, experts)
             if not weight.any():
-                return replace(plan, members=plan.members[:1], weights=(1.0,))
+                return replace(plan, members=plan.members[:1], weights=(1.0,)), 0.0
             key = vectors_key(self.layer, "down", "bias")
             if key in self.source.shapes:
                 bias = torch.from_numpy(merged_vectors(self.source, key, [plan], wanted.shape[1])[0])
@@ -226,7 +254,8 @@ class _LayerTokens(Observer):
         every = sums[0].joined(sums[1])
         (best,) = trim(down.numpy(), every.product.numpy() / every.n_token, [n_ff])
         numbers = np.concatenate([place * n_ff + own.numpy() for place, own in enumerate(candidates)])
-        return replace(plan, kept=numbers[best.kept], down=best.down)
+        error = every.of(best.kept).error(torch.from_numpy(best.down)) + float(wanted.square().sum(dtype=torch.float64))
+        return replace(plan, kept=numbers[best.kept], down=best.down), max(0.0, error) / len(wanted)
 
     def _answers(self, members: Collection[int], experts: Collection[Expert]) -> tuple[Tensor, Tensor]:
         """The weights [n_token] that tokens have for members, and what these say to them [n_token, n_embd]."""

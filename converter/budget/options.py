@@ -65,7 +65,7 @@ class OptionParts:
         return [Part(part.name, _worthwhile(part.options), part.group) for part in parts]
 
     def groups(self) -> list[Group]:
-        """What can be given up as a whole, if the recipe lets it; one attention always stays."""
+        """What can be given up as a whole, if the recipe lets it; one attention and one layer's experts always stay."""
         if not self._recipe.free_layers:
             return []
         ffn = {one.layer: one.nats for one in layer_removals(self._statistics, self._source.layers)}
@@ -80,6 +80,10 @@ class OptionParts:
             for index, layer in enumerate(self._layers)
             if layer.has_ffn and (price := ffn.get(layer.block)) is not None
         ]
+        has_experts = {index for index, layer in enumerate(self._layers) if layer.experts}
+        of_experts = [group for group in of_ffn if group.name in has_experts]
+        if of_experts and len(of_experts) == len(has_experts):
+            of_ffn.remove(max(of_experts, key=lambda group: group.cost))
         return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
 
     def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:

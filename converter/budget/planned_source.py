@@ -56,6 +56,17 @@ class MadeMatrices(Protocol):
         ...
 
 
+class ExactMatrices:
+    """Values of matrices as if every type could hold them."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    def read(self, matrix: Matrix) -> NDArray[np.float32]:
+        """The values [n_rows, n_per_row] before they are quantised; raises ModelFileError."""
+        return read_matrix(self._source, matrix)
+
+
 class PlannedSource:
     """A ModelSource of what a plan would make; the best copies of experts are read."""
 

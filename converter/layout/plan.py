@@ -12,6 +12,8 @@ from slimoe.offload.gguf.header import Value
 
 Format = Literal["stock", "native"]
 """stock: what an unmodified llama.cpp loads. native: our own format, which can hold all of this."""
+MERGED = "merged experts"
+"""What an expected loss lacks until their neurons are chosen."""
 Types = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
 """Of gate, up and down."""
 

@@ -1,5 +1,6 @@
 """What a model is read from, whatever its files look like: matrices by their names in a stock GGUF file."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +138,23 @@ class ModelSource(Protocol):
     def blocks(self, key: MatrixKey) -> Blocks | None:
         """Where the matrix lies in ggml's own blocks; None where it is stored otherwise."""
         ...
+
+
+def active_weights(source: ModelSource) -> int:
+    """The weights that a token is multiplied with or looks up: all but those of experts that it does not use.
+
+    Experts of a layer that differ in size count with the mean over the router's rows.
+    """
+    spec, n = source.spec, 0.0
+    for key, shape in source.shapes.items():
+        if key.expert < 0:
+            n += math.prod(shape) if ".ffn_aux_" not in key.name else spec.n_expert_aux * shape[-1]
+    for block, layer in enumerate(source.layers):
+        for expert in layer.target:
+            parts = (
+                [expert_key(block, projection, expert) for projection in PROJECTIONS]
+                if expert >= 0
+                else [constant_key(block, -1 - expert)]
+            )
+            n += spec.n_expert_used / len(layer.target) * sum(math.prod(source.shapes.get(key, (0,))) for key in parts)
+    return round(n)

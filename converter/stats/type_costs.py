@@ -29,6 +29,7 @@ CANDIDATES = (
 """Types from which a budget chooses. The last three are for rows that are no multiple of 256."""
 LOSSLESS = (Type.F16, Type.BF16, Type.F32)
 """Types whose cost is negligible."""
+PRICING = "measuring what types cost"
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q5_0")
 _KEPT = ("MXFP4",)
 _SAMPLED_WEIGHTS = 1 << 18
@@ -259,3 +260,40 @@ def _unmeasured() -> UsageError:
         "The statistics have no sensitivities, which say what each type costs. Run slimoe calibrate again without "
         "--no-sensitivity."
     )
+
+
+def statistics_costs(
+    source: ModelSource,
+    statistics: Statistics,
+    types: Sequence[str] | None,
+    n_threads: int,
+    on_progress: Callable[[str, int, int], None],
+) -> TypeCosts:
+    """What these types cost, those worth choosing from if they are not given, measured where the statistics have no
+    answer; `on_progress` gets the name of the step. Raises as `measure_type_costs` does.
+    """
+    known, missing = priced_types(source, statistics, types)
+    stored = stored_costs(statistics, known)
+    if not missing and stored is not None:
+        return stored
+    measured = measure_type_costs(
+        source,
+        statistics,
+        types=missing,
+        n_threads=n_threads,
+        on_progress=lambda done, total: on_progress(PRICING, done, total),
+    )
+    return measured if stored is None else joined_costs(stored, measured)
+
+
+def priced_types(
+    source: ModelSource, statistics: Statistics, types: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of these types, or those worth choosing from, the ones that the statistics have a price of, and the others."""
+    # What calibration left without a price is not worth choosing among all, but a type that was named is wanted.
+    tried = () if statistics.matrix_costs is None else statistics.matrix_costs.types
+    known = set(tried) if types is None else known_types(source, statistics)
+    may_be = tuple(name for name in candidates(source) if name in (*CANDIDATES, *tried))
+    wanted = may_be if types is None else tuple(types)
+    missing = tuple(name for name in wanted if name not in known)
+    return tuple(name for name in wanted if name not in missing), missing

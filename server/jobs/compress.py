@@ -9,12 +9,12 @@ from typing import Any
 import click
 import msgspec
 
-from slimoe.converter.budget.compress import statistics_costs
 from slimoe.converter.gguf.writer import check_target
 from slimoe.converter.layout.metadata import left_out
 from slimoe.converter.report.make import check_reports
 from slimoe.converter.source.open_source import model_files
 from slimoe.converter.source.tokenizer.space_prefix import notes
+from slimoe.converter.stats.type_costs import statistics_costs
 from slimoe.converter.write.estimate import writing_seconds
 from slimoe.converter.write.feedback_time import FeedbackTime, measured_speeds, saved_share, with_chosen
 from slimoe.converter.write.writer import WriteReport, chosen_quantiser, write_layout

@@ -9,18 +9,22 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from slimoe.converter.budget.planned_source import ExactMatrices, PlannedSource
 from slimoe.converter.layout.layer import matrix_width
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.unfit_types import unfit_counts, unfit_notes
-from slimoe.converter.source.model_source import PROJECTIONS
+from slimoe.converter.recipe.toml_file import recipe_text
+from slimoe.converter.source.model_source import PROJECTIONS, active_weights
 from slimoe.converter.source.tasks import task_note, tasks_of
 from slimoe.offload.resources.memory import human
 from slimoe.server.jobs.compress_plan import CompressWork
 from slimoe.server.terminal.progress_bars import duration
 
 _LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
+
+_FEWER = "neither types nor narrower experts reach this size: more is left out than was asked for, as the table says"
 
 
 def loaders(work: CompressWork) -> tuple[str, ...]:
@@ -31,6 +35,11 @@ def loaders(work: CompressWork) -> tuple[str, ...]:
 def bits_per_weight(work: CompressWork) -> float:
     """The file's bits for each weight of the source."""
     return 8 * work.layout.n_bytes / sum(math.prod(shape) for shape in work.source.shapes.values())
+
+
+def planned_active_weights(work: CompressWork) -> int:
+    """The weights of the file that a token is multiplied with or looks up."""
+    return active_weights(PlannedSource(work.source, work.plan, ExactMatrices(work.source)))
 
 
 def layer_bytes(layout: FileLayout) -> Counter[int]:
@@ -54,6 +63,7 @@ def work_fields(work: CompressWork) -> dict[str, Any]:
         "loads_in": list(loaders(work)),
         "n_bytes": layout.n_bytes,
         "bits_per_weight": round(bits_per_weight(work), 4),
+        "n_active_weights": planned_active_weights(work),
         "expected_kl": plan.expected_kl,
         "expected_kl_lacks": list(plan.uncounted),
         "n_main_experts": plan.n_main or None,
@@ -132,6 +142,8 @@ def work_lines(work: CompressWork) -> list[str]:
         f"token table {plan.token_type.name}{output}; by type: {by_type}",
         *unfit_notes(work.matrices, len(layout.tensors)),
         f"{layout.n_bytes:,} bytes ({human(layout.n_bytes)}), {bits}",
+        f"a token uses {planned_active_weights(work):,} weights, of the source {active_weights(work.source):,}",
+        *([_FEWER] if recipe_text(work.recipe) != plan.recipe else []),
         expected_loss(work.plan),
         *([note] if (note := task_note(layout.metadata)) else []),
         f"{plan.format} format: loads in {' and '.join(loaders(work))}",

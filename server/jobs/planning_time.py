@@ -3,12 +3,13 @@
 import math
 
 from slimoe.converter.budget.candidates import freedoms
-from slimoe.converter.budget.compress import PRICING, TRYING, candidate_types, priced_types
+from slimoe.converter.budget.compress import TRYING, candidate_types
 from slimoe.converter.budget.trial import make_trial
 from slimoe.converter.budget.widths import may_narrow, width_costs
 from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
+from slimoe.converter.stats.type_costs import PRICING, priced_matrices, priced_types, sampled_weights
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import duration
 
@@ -30,7 +31,6 @@ def planning_seconds(
     from slimoe.converter.budget import compressed_experts, trimming
     from slimoe.converter.forward.block import read_tensor
     from slimoe.converter.stats.estimate import price_seconds
-    from slimoe.converter.stats.type_costs import priced_matrices, sampled_weights
 
     experts, seconds, n_ff = recipe.experts, dict[str, float](), source.spec.n_ff
     is_sized = recipe.target_size is not None or recipe.target_bpw is not None

@@ -9,11 +9,11 @@ from bench.models.equal_heads import write_equal_heads
 from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
 from bench.quality.healing import rows
-from bench.quality.lab import active_parameters
 from slimoe.converter.budget.compressed_experts import CompressedSource
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.report.evaluation import Reference
+from slimoe.converter.source.model_source import active_weights
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
 from slimoe.converter.stats.observer import Samples
@@ -43,9 +43,9 @@ def test_active_weights_are_all_but_those_of_experts_that_are_not_computed(tmp_p
     source, shape = open_source(tmp_path / "c"), SHAPES["smoke"]
     expert = 3 * shape.n_embd * shape.n_ff * shape.n_layer
     others = (shape.n_expert - shape.n_expert_used) * expert
-    assert active_parameters(source) == sum(torch.Size(one).numel() for one in source.shapes.values()) - others
+    assert active_weights(source) == sum(torch.Size(one).numel() for one in source.shapes.values()) - others
     vectors = 2 * shape.n_embd * shape.n_layer
-    assert active_parameters(CompressedSource(source, 1)) == active_parameters(source) - expert + vectors
+    assert active_weights(CompressedSource(source, 1)) == active_weights(source) - expert + vectors
 
 
 def test_healing_has_rows_before_and_after(k_quant_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
-from bench.quality.lab import Lab, active_parameters
+from bench.quality.lab import Lab
 from bench.quality.seed_report import Table, markdown, picture
 from bench.quality.seed_rows import Rows, measured, memory_bytes
 from bench.quality.seed_table import Settings, file_of, main, measure
 from bench.quality.seed_trials import F16, FITS_WHOLE, FOUR, METHODS, RecipeBytes, Refusal, Trial
 from bench.quality.smoke_model import smoke_model
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe
+from slimoe.converter.source.model_source import active_weights
 from slimoe.converter.source.open_source import open_source
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.whole_file import BusyError, Destination
@@ -110,11 +111,11 @@ def test_a_token_uses_fewer_weights_where_layers_are_gone_and_as_many_where_expe
 ) -> None:
     spec, path = lab.source.spec, tmp_path / "m.gguf"
     lab.write(Recipe(experts=ExpertRecipe(keep=2), hints=False), path)
-    assert active_parameters(open_source(path)) == active_parameters(lab.source) - spec.n_layer * 2 * spec.n_embd
+    assert active_weights(open_source(path)) == active_weights(lab.source) - spec.n_layer * 2 * spec.n_embd
     lab.write(Recipe(drop_ffn=1, hints=False), path)
     experts = spec.n_expert_used * 3 * spec.n_embd * spec.n_ff
     router_and_norm = spec.n_expert * spec.n_embd + spec.n_embd
-    assert active_parameters(open_source(path)) == active_parameters(lab.source) - experts - router_and_norm
+    assert active_weights(open_source(path)) == active_weights(lab.source) - experts - router_and_norm
 
 
 def test_every_method_says_what_it_has_or_why_not(lab: Lab) -> None:

@@ -8,7 +8,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.budget.compress import expected_loss, plan_compression, statistics_costs
+from slimoe.converter.budget.compress import expected_loss, plan_compression
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.refinement import refine
 from slimoe.converter.budget.structure import build_structure
@@ -17,14 +17,16 @@ from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.layer import native_layer
 from slimoe.converter.layout.offsets import lay_out, plan_bytes
 from slimoe.converter.layout.plan import CompressPlan
+from slimoe.converter.recipe.fields import SourceSizes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
+from slimoe.converter.recipe.toml_file import parse_recipe
 from slimoe.converter.report.alignment import likely_layer_map, planned_layer_map
 from slimoe.converter.report.evaluation import Reference
 from slimoe.converter.report.quality import summarise
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.stats.type_costs import CANDIDATES, packed_costs, stored_costs
+from slimoe.converter.stats.type_costs import CANDIDATES, packed_costs, statistics_costs, stored_costs
 from slimoe.converter.write.quantiser import PlainQuantiser
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import DoesNotFitError, UsageError
@@ -191,15 +193,43 @@ def test_low_copies_serve_a_third_of_the_bytes_where_they_lose_least(
 
 def test_constants_take_the_place_of_what_is_worth_less(source: ModelSource, statistics: Statistics) -> None:
     """So small that even the smallest types of all experts do not fit."""
-    whole = Recipe(target_size=20_000, hints=False, experts=ExpertRecipe(width=source.spec.n_ff))
-    with pytest.raises(DoesNotFitError) as error:
-        plan_compression(source, statistics, whole)
-    assert error.value.required_bytes is not None
-    size = error.value.required_bytes - 20_000
-    plan = plan_compression(source, statistics, replace(whole, target_size=size, free_constants=True))
-    assert plan_bytes(plan, source, statistics) <= size
+    whole = ExpertRecipe(width=source.spec.n_ff)
+    recipe = Recipe(target_size=145_000, hints=False, experts=whole, free_constants=True)
+    plan = plan_compression(source, statistics, recipe)
+    assert plan_bytes(plan, source, statistics) <= 145_000
     assert any(layer.constants is not None for layer in plan.layers)
     assert all(len(layer.experts) >= source.spec.n_expert_used for layer in plan.layers)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("stock", 130_000), ("native", 145_000)])
+def test_a_size_that_no_types_meet_leaves_out_what_costs_least(
+    source: ModelSource, statistics: Statistics, reference: Reference, tmp_path: Path, kind: str, size: int
+) -> None:
+    whole = ExpertRecipe(width=source.spec.n_ff)
+    recipe = Recipe(format=kind, target_size=size, hints=False, experts=whole)  # type: ignore[arg-type]
+    plan = plan_compression(source, statistics, recipe)
+    assert sum(len(layer.experts) for layer in plan.layers) < source.spec.n_layer * source.spec.n_expert
+    path = tmp_path / "a.gguf"
+    assert write_planned(source, plan, path, statistics).n_bytes <= size
+    asked = parse_recipe(plan.recipe, SourceSizes(source.spec.n_layer, source.spec.n_expert, source.spec.n_ff))
+    assert asked != recipe, "the file says what was left out"
+    again = plan_compression(source, statistics, asked)
+    assert again.expected_kl == pytest.approx(plan.expected_kl)
+    pruned = replace(recipe, experts=replace(whole, keep=source.spec.n_expert_used))
+    fewest = plan_compression(source, statistics, pruned)
+    assert plan.expected_kl is not None
+    assert fewest.expected_kl is not None
+    assert plan.expected_kl <= fewest.expected_kl
+    assert plan.expected_kl == pytest.approx(divergence(reference, open_source(path)), rel=0.5)
+
+
+def test_one_layer_keeps_its_experts(source: ModelSource, statistics: Statistics) -> None:
+    free = Recipe(target_size=20_000, hints=False, free_constants=True, free_layers=True)
+    with pytest.raises(DoesNotFitError, match="smallest file") as error:
+        plan_compression(source, statistics, free)
+    assert error.value.required_bytes is not None
+    plan = plan_compression(source, statistics, replace(free, target_size=error.value.required_bytes))
+    assert [bool(layer.experts) for layer in plan.layers].count(True) == 1
 
 
 def test_feedback_lowers_the_divergence(

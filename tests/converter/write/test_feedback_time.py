@@ -6,14 +6,14 @@ from pathlib import Path
 import gguf
 import pytest
 
-from slimoe.converter.budget.compress import plan_compression, statistics_costs
+from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.layout.offsets import lay_out
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import FitRecipe, Recipe, StorageRecipe
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
-from slimoe.converter.stats.type_costs import TypeCosts
+from slimoe.converter.stats.type_costs import TypeCosts, statistics_costs
 from slimoe.converter.write.feedback_time import FeedbackTime, Speeds, measured_speeds, saved_share, with_chosen
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import UsageError

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from slimoe.converter.source.model_source import active_weights
+from slimoe.converter.source.open_source import open_source
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import CALIBRATION_TOKENS, RECIPE, SPECIALISED
 from slimoe.offload.model.native_format import read_layout
@@ -133,22 +135,41 @@ def test_a_file_that_exists_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.usefixtures("nothing_joined")
-def test_a_plan_joins_nothing_and_has_the_files_size(
+def test_a_plan_that_would_wait_long_joins_nothing_and_has_the_files_size(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | Path] = ["--target-bpw", "9", "--specialise", text, "--json"]
     target = tmp_path / "m.gguf"
-    status, out, err = told(["convert", model, target, *asked, "--dry-run"], capsys)
-    assert status == 0, err
-    assert "and what merged experts cost" in err
-    assert "Choosing the neurons of merged experts takes about" in err
-    assert run(["plan", str(model), *map(str, asked), "--threads", "1"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["n_bytes"] == json.loads(out)["n_bytes"]
-    monkeypatch.undo()
-    status, out, _ = told(["convert", model, target, *asked], capsys)
+    with pytest.MonkeyPatch.context() as slow:
+        slow.setattr("slimoe.converter.budget.merging.joining_seconds", lambda *_: 1000.0)
+        status, out, err = told(["convert", model, target, *asked, "--dry-run"], capsys)
+        assert status == 0, err
+        assert "and what merged experts cost" in err
+        assert "Choosing the neurons of merged experts takes about" in err
+        assert run(["plan", str(model), *map(str, asked), "--threads", "1"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert planned["n_bytes"] == json.loads(out)["n_bytes"]
+        assert planned["expected_kl_lacks"] == ["merged experts"]
+        monkeypatch.undo()
+        status, out, _ = told(["convert", model, target, *asked], capsys)
+    made = json.loads(out)
     assert (status, target.stat().st_size) == (0, planned["n_bytes"])
-    assert json.loads(out)["layers"] == planned["layers"]
+    assert made["layers"] == planned["layers"]
+    assert made["expected_kl_lacks"] == []
+    assert made["expected_kl"] > planned["expected_kl"], "what merged experts lose is known when they are joined"
+
+
+def test_a_plan_of_merged_experts_has_their_loss_and_weights(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str | Path] = ["--target-bpw", "9", "--specialise", text, "--json"]
+    assert run(["plan", str(model), *map(str, asked), "--threads", "1"]) == 0
+    planned, target = json.loads(capsys.readouterr().out), tmp_path / "m.gguf"
+    status = run(["convert", str(model), str(target), *map(str, asked), "--threads", "1", "--eval-text", str(text)])
+    made = json.loads(capsys.readouterr().out)
+    assert (status, planned["expected_kl_lacks"]) == (0, [])
+    assert planned["expected_kl"] == made["expected_kl"] == pytest.approx(made["quality"]["kl"], rel=0.5)
+    assert planned["n_active_weights"] == active_weights(open_source(target))
 
 
 def test_a_file_for_a_task_says_so(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
