@@ -33,8 +33,10 @@ class Grid(Protocol):
 
     width: int
     """Columns of a group."""
+    run: int
+    """Columns of a run."""
     shift: Tensor
-    """What the values of runs of columns are moved by, [n_runs, n_rows]; the rest of this knows nothing of it."""
+    """What the values of runs of columns are moved by, [n_runs, n_rows]; `code` knows nothing of it."""
 
     def code(self, group: int, wanted: Tensor, target: Tensor, factor: Tensor, codes: Tensor, error: Tensor) -> None:
         """Codes a group for about the least |factor^T (wanted - value)|^2.
@@ -44,9 +46,19 @@ class Grid(Protocol):
         """
         ...
 
+    def rescale(self, columns: slice, factor: Tensor, offset: Tensor) -> None:
+        """Multiplies the values of all codes in whole runs by a factor [n_rows] and adds an offset [n_rows]."""
+        ...
+
     def stored(self, codes: Tensor) -> Tensor:
         """Codes [n_groups, n_rows] as blocks hold them, of those that `code` wrote."""
         ...
+
+
+def unshifted(grid: Grid, columns: slice, target: Tensor) -> Tensor:
+    """The target [n, n_rows] of some of the grid's columns, whole runs, without its shift."""
+    shift = grid.shift[columns.start // grid.run : columns.stop // grid.run]
+    return (target.view(len(shift), grid.run, -1) - shift[:, None]).view(target.shape)
 
 
 def grid_of(blocks: NDArray[np.uint8], kind: Type, device: str = "cpu") -> Grid:
@@ -87,7 +99,7 @@ def _decoded(scales: NDArray[np.uint8], kind: Type, code: int, step: int, device
 class Ladder(Grid):
     """One code a weight, which is a rank: of evenly spaced values, or of a table's, stretched and moved."""
 
-    width = 1
+    width, run = 1, _RUN
 
     def __init__(self, blocks: NDArray[np.uint8], kind: Type, device: str) -> None:
         scales = without_codes(blocks, kind)
@@ -99,7 +111,8 @@ class Ladder(Grid):
         first, last = (float(table[0]), float(table[-1])) if len(table) else (0.0, float(self._top))
         step = (high - low) / (last - first)
         self.shift = low - first * step
-        self._step, self._inverse = step.unbind(), torch.where(step == 0, 0, 1 / step).unbind()
+        self._steps, self._inverses = step, torch.where(step == 0, 0, 1 / step)
+        self._step, self._inverse = self._steps.unbind(), self._inverses.unbind()
 
     def code(self, group: int, wanted: Tensor, target: Tensor, _factor: Tensor, codes: Tensor, error: Tensor) -> None:
         """See `Grid`; exact. Codes are ranks in float32."""
@@ -113,6 +126,13 @@ class Ladder(Grid):
             codes.round_().clamp_(0, self._top)
             torch.addcmul(target[0], codes, self._step[run], value=-1, out=error[0])
 
+    def rescale(self, columns: slice, factor: Tensor, offset: Tensor) -> None:
+        """See `Grid`."""
+        runs = slice(columns.start // _RUN, columns.stop // _RUN)
+        self.shift[runs] = self.shift[runs] * factor + offset
+        step = self._steps[runs].mul_(factor)
+        self._inverses[runs] = torch.where(step == 0, 0, 1 / step)
+
     def stored(self, codes: Tensor) -> Tensor:
         """See `Grid`."""
         ranks = codes.to(torch.int16)
@@ -122,7 +142,7 @@ class Ladder(Grid):
 class Codebook(Grid):
     """One code for 8 weights: one entry or two, stretched, and signs or a shift."""
 
-    width = 8
+    width = run = 8
 
     def __init__(self, blocks: NDArray[np.uint8], kind: Type, device: str) -> None:
         scales = without_codes(blocks, kind)
@@ -145,6 +165,12 @@ class Codebook(Grid):
             scale = self._scale[group, rows]
             codes[rows], found = self._best(wanted[:, rows] / torch.where(scale == 0, 1, scale), factor)
             torch.addcmul(target[:, rows], found, scale, value=-1, out=error[:, rows])
+
+    def rescale(self, columns: slice, factor: Tensor, offset: Tensor) -> None:
+        """See `Grid`."""
+        groups = slice(columns.start // self.width, columns.stop // self.width)
+        self.shift[groups] = self.shift[groups] * factor + offset
+        self._scale[groups] *= factor
 
     def stored(self, codes: Tensor) -> Tensor:
         """See `Grid`."""

@@ -4,16 +4,17 @@ The error that counts is tr(E H E^T) with E = W - W_q and H the sum of x x^T ove
 triangular, it is |E R|^2, whose column j knows errors of columns up to j only: rounding left to right against what is
 left over is GPTQ (arXiv 2210.17323), without inverses. The scales of each block of columns are chosen from weights that
 make up for the blocks before; then codes are chosen column by column, or codebook entry by entry, on the grid that
-these scales span. Then scales are fitted to the codes that there are, and codes chosen once more given all others
-(coordinate descent, arXiv 2309.01885), some times in turn.
+these scales span. Then, run after run of columns, scales are fitted to the codes that there are, and codes chosen once
+more given all others (coordinate descent, arXiv 2309.01885).
 
-All values lie in [n_columns, n_rows], some thousand rows at once. Columns are coded in small runs: what runs owe each
-other is one product of matrices, and what a run works on stays in the processor's cache.
+All values lie in [n_columns, n_rows], some thousand rows at once. What runs owe each other is one product of matrices,
+and what a run works on stays in the processor's cache.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,21 +22,21 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.quant.block_grid import Grid, grid_of, with_codes
+from slimoe.converter.quant.block_grid import Grid, grid_of, unshifted, with_codes
 from slimoe.converter.quant.block_scales import fitted_scales
 from slimoe.converter.quant.quantize import check_values, dequantize_rows
-from slimoe.converter.quant.scale_refit import can_refit, refitted
+from slimoe.converter.quant.scale_refit import RunScales, can_refit
 
 _DAMP = 0.03
 """Of the Hessian's mean diagonal, added to its diagonal."""
 _N_COLUMNS = 256
 _RUN = 32
-_FEWEST_ROWS = 64
-"""With fewer for each, a thread spends its time on asking for its turn."""
+_FEWEST_ROWS = 1024
+"""With fewer for each, threads spend their time on waiting for each other's turn with the interpreter."""
 _ROUNDS, _CODEBOOK_ROUNDS = 3, 2
 """Times that scales and codes are fitted to each other: the search in codebooks takes far longer."""
-_MOST_ROWS = 2048
-"""More at once do not fit into the processor's cache."""
+_MOST_ROWS = 4096
+"""A part's, which bounds memory: the more there are, the less a column costs the interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,12 @@ class Curvature:
 
     `factor` [n_in, n_in]: on its diagonal R's blocks of 256 columns, above each of them R's rows so far times the
     block's inverse: what the block's weights want to change by for each unit of error before. `mean` is what the
-    Hessian was divided by.
+    Hessian was divided by. `between` is the transposed factor, in what products between blocks are computed in.
     """
 
     factor: Tensor
     mean: float
+    between: Tensor
 
     @classmethod
     def of(cls, hessian: NDArray[np.float32], device: str = "cpu") -> "Curvature":
@@ -58,7 +60,7 @@ class Curvature:
         for begin, end in _spans(len(factor)):
             own, above = factor[begin:end, begin:end], factor[:begin, begin:end]
             factor[:begin, begin:end] = torch.linalg.solve_triangular(own, above, upper=True, left=False)
-        return cls(factor, mean if mean > 0 else 1.0)
+        return cls(factor, mean if mean > 0 else 1.0, factor.T.to(product_type(factor.device)).contiguous())
 
     def solve(self, products: Tensor) -> Tensor:
         """The weights [n_out, n_in] whose products with the damped Hessian are these [n_out, n_in]."""
@@ -118,11 +120,11 @@ def _fit_rows(weight: NDArray[np.float32], curvature: Curvature, kind: Type) -> 
     factor = curvature.factor
     with torch.inference_mode():
         w = torch.from_numpy(weight).to(factor.device).T.contiguous()
-        error, blocks = torch.zeros_like(w), []
+        error, blocks = torch.zeros_like(w, dtype=curvature.between.dtype), []
         for begin, end in _spans(len(w)):
-            target = torch.addmm(w[begin:end], factor[:begin, begin:end].T, error[:begin])
+            target = w[begin:end] + (curvature.between[begin:end, :begin] @ error[:begin]).float()
             found, left = _fit_block(target, factor[begin:end, begin:end], kind)
-            torch.add(w[begin:end] - target, left, out=error[begin:end])
+            error[begin:end] = w[begin:end] - target + left
             blocks.append(found)
     return np.concatenate(blocks, 1)
 
@@ -139,34 +141,106 @@ def _fit_block(target: Tensor, factor: Tensor, kind: Type) -> tuple[NDArray[np.u
     """
     metric = factor @ factor.T
     scales = fitted_scales(target, metric.diagonal(), kind)
-    grid, moved = _moved_to_grid(scales, kind, target)
-    error = torch.zeros_like(target)
-    dtype = torch.float32 if grid.width == 1 else torch.int32
-    codes = torch.empty((len(target) // grid.width, target.shape[1]), dtype=dtype, device=target.device)
-    feed_back(grid, moved, factor, codes, error)
-    own = _group_blocks(metric, grid.width)
-    factors, mixing = torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2), _mixing(metric, own)
-    for _ in range(_ROUNDS if grid.width == 1 else _CODEBOOK_ROUNDS):
-        if can_refit(kind):
-            scales, error = refitted(scales, kind, target, error, metric)
-            grid, moved = _moved_to_grid(scales, kind, target)
-        _code(grid, moved, mixing, factors, codes, error)
-    return with_codes(scales, kind, grid.stored(codes)), error
-
-
-def _moved_to_grid(scales: NDArray[np.uint8], kind: Type, target: Tensor) -> tuple[Grid, Tensor]:
-    """The grid of these scales, and the target without the grid's shift."""
     grid = grid_of(scales, kind, str(target.device))
-    return grid, (target.view(len(grid.shift), -1, target.shape[1]) - grid.shift[:, None]).view(target.shape)
+    fit = BlockFit(grid, target, RunScales(scales, kind, str(target.device)) if can_refit(kind) else None)
+    fit.feed_back(factor)
+    fit.improve(metric, _ROUNDS if grid.width == 1 else _CODEBOOK_ROUNDS)
+    return with_codes(scales if fit.scales is None else fit.scales.blocks(), kind, grid.stored(fit.codes)), fit.error
 
 
-def feed_back(grid: Grid, target: Tensor, factor: Tensor, codes: Tensor, error: Tensor) -> None:
-    """Chooses codes [n_groups, n_rows] group after group; writes them and what they leave of the target.
+class BlockFit:
+    """Codes for rows of one block each, on a `grid` whose `scales` move with them if they are there.
 
-    The errors, 0 before, are for about the least |error^T factor|^2.
+    `target` is [n_columns, n_rows], `error` what `codes` [n_groups, n_rows] leave of it. Columns are taken run by run.
     """
-    own = _group_blocks(factor, grid.width)
-    _code(grid, target, _mixing(factor, own), own, codes, error)
+
+    def __init__(self, grid: Grid, target: Tensor, scales: RunScales | None = None) -> None:
+        self.scales = scales
+        self._grid, self._target = grid, target
+        self._size = _RUN if scales is None else scales.size
+        self.error = torch.zeros_like(target)
+        dtype = torch.float32 if grid.width == 1 else torch.int32
+        self.codes = torch.empty((len(target) // grid.width, target.shape[1]), dtype=dtype, device=target.device)
+        # What products between runs take, which are most of the work.
+        self._rounded = torch.zeros_like(target, dtype=product_type(target.device))
+
+    def feed_back(self, factor: Tensor) -> None:
+        """Chooses codes run after run, for about the least |error^T factor|^2."""
+        own = _group_blocks(factor, self._grid.width)
+        mixing = _mixing(factor, own)
+        between = mixing.to(self._rounded.dtype)
+        for run in self._runs():
+            owed = (between[run, : run.start] @ self._rounded[: run.start]).float()
+            self._code(run, owed, mixing, own)
+
+    def improve(self, metric: Tensor, n_rounds: int) -> None:
+        """Fits each run's scales to its codes, and chooses these again given all others, for a smaller e^T `metric` e.
+
+        `n_rounds` times one run after the other.
+        """
+        own = _group_blocks(metric, self._grid.width)
+        mixing, factors = _mixing(metric, own), torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2)
+        between = mixing.to(self._rounded.dtype)
+        runs = list(self._runs())
+        for run in runs:
+            between[run, run] = 0
+        whole = metric.to(between.dtype)
+        for _ in range(n_rounds):
+            if self.scales is not None:
+                self._stretch(self.scales, runs, whole)
+            for number, run in enumerate(runs):
+                owed = (between[run] @ self._rounded).float()
+                if self.scales is not None:
+                    here = metric[run, run]
+                    slope = torch.addmm(_blocks_times(own[_groups(run, self._grid.width)], owed), here, self.error[run])
+                    change = self.scales.refit(number, self._target[run], self.error[run], slope, here)
+                    self._grid.rescale(run, *change)
+                self._code(run, owed, mixing, factors)
+
+    def _stretch(self, scales: RunScales, runs: list[slice], metric: Tensor) -> None:
+        """Fits what all runs' scales are multiples of."""
+        factor, offsets = scales.stretch(
+            self._target, self.error, lambda values: (metric @ values.to(metric.dtype)).float()
+        )
+        for run, offset in zip(runs, offsets, strict=True):
+            self._grid.rescale(run, factor, offset)
+        self._rounded.copy_(self.error)
+
+    def _runs(self) -> Iterator[slice]:
+        for begin in range(0, len(self._target), self._size):
+            yield slice(begin, begin + self._size)
+
+    def _code(self, run: slice, owed: Tensor, mixing: Tensor, factors: Tensor) -> None:
+        """Codes the groups of a run for what each wants: `owed` [n, n_rows] to other runs, the rest to its own."""
+        width, error = self._grid.width, self.error[run]
+        goal = unshifted(self._grid, run, self._target[run])
+        parts = (one.split(width) for one in (owed.add_(goal), mixing[run, run], goal, error))
+        numbers = range(run.start // width, run.stop // width)
+        for group, wanted, inner, own_goal, left in zip(numbers, *parts, strict=True):
+            wanted.addmm_(inner, error)
+            self._grid.code(group, wanted, own_goal, factors[group], self.codes[group], left)
+        self._rounded[run] = error
+
+
+@cache
+def product_type(device: torch.device) -> torch.dtype:
+    """What products between many columns are computed in: BF16 where the processor multiplies it, some times as fast.
+
+    They say what codes should make up for, and what is then left is known exactly.
+    """
+    is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def _groups(run: slice, width: int) -> slice:
+    return slice(run.start // width, run.stop // width)
+
+
+def _blocks_times(blocks: Tensor, values: Tensor) -> Tensor:
+    """Blocks [n, width, width] times the rows of values [n * width, n_rows] that belong to each."""
+    if blocks.shape[1] == 1:
+        return blocks.view(-1, 1) * values
+    return (blocks @ values.view(len(blocks), -1, values.shape[1])).view(values.shape)
 
 
 def _group_blocks(matrix: Tensor, width: int) -> Tensor:
@@ -186,19 +260,3 @@ def _mixing(matrix: Tensor, own: Tensor) -> Tensor:
     mixing = (rows / own if width == 1 else torch.linalg.solve(own.mT, rows)).reshape(matrix.shape)
     group = torch.arange(len(matrix), device=matrix.device) // width
     return torch.where(group[:, None] == group, 0, mixing)
-
-
-def _code(grid: Grid, target: Tensor, mixing: Tensor, factors: Tensor, codes: Tensor, error: Tensor) -> None:
-    """Codes each group for what it wants given the errors of all others, which are 0 before they are coded."""
-    width, all_codes = grid.width, codes.unbind()
-    for begin in range(0, len(target), _RUN):
-        end = begin + _RUN
-        owed = mixing[begin:end]
-        wanted = torch.addmm(target[begin:end], owed[:, :begin], error[:begin])
-        wanted.addmm_(owed[:, end:], error[end:])
-        errors, first = error[begin:end], begin // width
-        groups = (one.split(width) for one in (owed[:, begin:end], target[begin:end], errors))
-        parts = zip(wanted.split(width), *groups, strict=True)
-        for group, (part, inner, goal, left) in enumerate(parts, first):
-            part.addmm_(inner, errors)
-            grid.code(group, part, goal, factors[group], all_codes[group], left)

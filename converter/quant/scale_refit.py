@@ -1,9 +1,11 @@
-"""Fits the scales of blocks again to codes that are chosen, for many rows at once.
+"""Fits the scales of a run of columns again to codes that are chosen, for many rows at once.
 
-Given the codes, values are linear in a block's F16 number, and in each run's integer scale and minimum. One after the
-other takes the step to where the loss is least, rounded to what it can be, so that the loss e^T M e never grows.
+Given the codes, values are linear in a run's integer scale and minimum. Both take the step to where the loss is least,
+rounded to what they can be, where the loss e^T M e falls by it. Before that the F16 number that a block's scales are
+multiples of does; that of the minima stays.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,98 +27,104 @@ def can_refit(kind: Type) -> bool:
     return kind in SCALES
 
 
-def refitted(
-    scales: NDArray[np.uint8], kind: Type, target: Tensor, error: Tensor, metric: Tensor
-) -> tuple[NDArray[np.uint8], Tensor]:
-    """Other scales for rows of one block each [n_rows, n_bytes], which have no codes, and the errors that they leave.
+class RunScales:
+    """The scales of rows of one block each [n_rows, n_bytes], which have no codes; for types that `can_refit`."""
 
-    `error` [n_columns, n_rows] is what codes leave of `target` with the scales as they are; what it costs is the sum of
-    e^T `metric` e. For types that `can_refit`.
-    """
-    blocks = torch.from_numpy(np.ascontiguousarray(scales.T)).to(target.device)
-    parts = _parts(blocks, kind, target - error)
-    gradient = metric @ error
-    for part in parts:
-        # The block's number moves all of its runs.
-        change, products = part.whole, metric @ part.whole
-        step = _step((change * gradient).sum(0), (change * products).sum(0))
-        half = (part.half + step).clamp_(-F16_MAX, F16_MAX).half().float()
-        step = torch.where(half * part.half > 0, half, part.half) - part.half
-        part.half += step
-        gradient.addcmul_(products, step, value=-1)
-    size = len(target) // len(parts[0].numbers)
-    for run in range(len(parts[0].numbers)):
-        begin, end = run * size, (run + 1) * size
-        here, moved = gradient[begin:end], torch.zeros_like(gradient[begin:end])
-        for part in parts:
-            change = part.units[begin:end] * part.half
-            products = metric[begin:end, begin:end] @ change
-            least = _step((change * here).sum(0), (change * products).sum(0))
-            step = part.nearest(part.numbers[run] + least) - part.numbers[run]
-            part.numbers[run] += step
-            here.addcmul_(products, step, value=-1)
-            moved.addcmul_(change, step)
-        gradient[end:].addmm_(metric[end:, begin:end], moved, alpha=-1)
-    values = sum((part.whole * part.half for part in parts), torch.zeros_like(target))
-    n_bytes = GGML_QUANT_SIZES[kind][1]
-    for part, places, at in zip(parts, SCALES[kind], HALVES[kind], strict=True):
-        stored = part.stored
-        ones = packed(places, torch.full_like(stored[:, :1], -1), n_bytes)
-        blocks = blocks & ~ones | packed(places, stored, n_bytes)
-        blocks[at : at + 2] = part.half.half()[:, None].view(torch.uint8).T
-    return np.ascontiguousarray(blocks.T.cpu().numpy()), target - values
+    def __init__(self, blocks: NDArray[np.uint8], kind: Type, device: str = "cpu") -> None:
+        self._blocks, self._kind = torch.from_numpy(np.ascontiguousarray(blocks.T)).to(device), kind
+        parts = [_part(self._blocks, kind, number) for number in range(len(SCALES[kind]))]
+        self._scales, self._minima = parts[0], parts[1] if len(parts) > 1 else None
+        self.size = GGML_QUANT_SIZES[kind][0] // len(self._scales.numbers)
+        """Columns of a run."""
+
+    def refit(self, run: int, target: Tensor, error: Tensor, slope: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Other scales for the run of this number: it has its values so far times the first [n_rows], plus the second.
+
+        `error` [size, n_rows] is what codes leave of `target` in the run; it is kept up to date. What it costs is
+        e^T `metric` e, and, given the errors of other runs, half of its gradient is `slope` [size, n_rows].
+        """
+        scales, minima, values = self._scales, self._minima, target - error
+        lowest = torch.zeros_like(values[0]) if minima is None else minima.half * minima.numbers[run]
+        # What the scale stretches. Nothing is known of a run whose scale is 0, which stays.
+        values += lowest
+        products, before = metric @ values, scales.numbers[run]
+        own, towards = (values * products).sum(0), (values * slope).sum(0)
+        if minima is None:
+            step = towards / own
+        else:
+            whole, both, down = metric.sum(), products.sum(0), slope.sum(0)
+            step = (whole * towards - both * down) / (own * whole - both.square())
+        number = scales.nearest(before * (1 + step))
+        step = (number / before - 1).nan_to_num_(0, 0, 0)
+        gain, lower = step * (2 * towards - step * own), lowest
+        if minima is not None:
+            lowest_number = minima.nearest(minima.numbers[run] + (step * both - down) / (whole * minima.half))
+            lower = minima.half * lowest_number
+            sink = lower - lowest
+            gain += sink * (2 * step * both - 2 * down - sink * whole)
+        is_better = gain > 0
+        scales.numbers[run] = torch.where(is_better, number, before)
+        factor = torch.where(is_better, 1 + step, 1)
+        if minima is not None:
+            minima.numbers[run] = torch.where(is_better, lowest_number, minima.numbers[run])
+            lower = torch.where(is_better, lower, lowest)
+        torch.addcmul(target, values, factor, value=-1, out=error).add_(lower)
+        return factor, lowest * factor - lower
+
+    def stretch(self, target: Tensor, error: Tensor, times: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Another F16 number for the scales of all runs: values are then multiplied by the first [n_rows].
+
+        The second [n_runs, n_rows] is added. `error` [n_columns, n_rows] is what codes leave of `target`, and is kept
+        up to date; `times` multiplies such values with the metric.
+        """
+        scales, minima, values = self._scales, self._minima, target - error
+        lowest = torch.zeros_like(scales.numbers) if minima is None else minima.half * minima.numbers
+        values += lowest.repeat_interleave(self.size, 0)
+        step = (values * times(error)).sum(0) / (values * times(values)).sum(0)
+        half = (scales.half * (1 + step.nan_to_num_(0, 0, 0))).clamp_(-F16_MAX, F16_MAX).half().float()
+        half = torch.where(half * scales.half > 0, half, scales.half)
+        change = (half / scales.half - 1).nan_to_num_(0, 0, 0)
+        scales.half.copy_(half)
+        error.addcmul_(values, change, value=-1)
+        return 1 + change, lowest * change
+
+    def blocks(self) -> NDArray[np.uint8]:
+        """Rows of one block each [n_rows, n_bytes], without codes."""
+        blocks, n_bytes = self._blocks, len(self._blocks)
+        parts = (self._scales,) if self._minima is None else (self._scales, self._minima)
+        for part, places in zip(parts, SCALES[self._kind], strict=True):
+            stored = ((part.numbers - part.first) / part.gain).round().to(torch.int32)
+            ones = packed(places, torch.full_like(stored[:, :1], -1), n_bytes)
+            blocks = blocks & ~ones | packed(places, stored, n_bytes)
+        at = HALVES[self._kind][0]
+        blocks[at : at + 2] = self._scales.half.half()[:, None].view(torch.uint8).T
+        return np.ascontiguousarray(blocks.T.cpu().numpy())
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
-    """Scales of some rows, or their minima: values are `half` [n_rows] times `numbers` [n_runs, n_rows] times `units`.
+    """Scales, or minima, of runs: `half` [n_rows] times `numbers` [n_runs, n_rows], which are `first` and some `gain`.
 
-    `units` are [n_columns, n_rows]. `first`, `gain` and `n_bits` say what numbers can be.
+    `range` is that of the integers in their place.
     """
 
     half: Tensor
     numbers: Tensor
-    units: Tensor
     first: float
     gain: float
-    n_bits: int
-
-    @property
-    def whole(self) -> Tensor:
-        """Values over the half."""
-        return self.numbers.repeat_interleave(len(self.units) // len(self.numbers), 0) * self.units
-
-    @property
-    def stored(self) -> Tensor:
-        """The numbers as blocks hold them."""
-        return ((self.numbers - self.first) / self.gain).round().to(torch.int32)
+    range: tuple[int, int]
 
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest numbers that blocks can hold."""
-        n = 1 << self.n_bits
-        low, high = (-n // 2, n // 2 - 1) if self.n_bits == _BYTE else (0, n - 1)
-        return ((numbers - self.first) / self.gain).round_().clamp_(low, high) * self.gain + self.first
+        return ((numbers - self.first) / self.gain).round_().clamp_(*self.range) * self.gain + self.first
 
 
-def _parts(blocks: Tensor, kind: Type, values: Tensor) -> list[_Part]:
-    """The scales of blocks [n_bytes, n_rows] with these `values`, and their minima."""
-    parts = []
-    for places, at in zip(SCALES[kind], HALVES[kind], strict=True):
-        stored = unpacked(places, blocks)
-        n_bits = places.shape[1]
-        if n_bits == _BYTE:
-            stored = stored.to(torch.int8)
-        first, gain = MULTIPLES[kind]
-        half = blocks[at : at + 2].T.clone(memory_format=torch.contiguous_format).view(-1).view(torch.float16).float()
-        parts.append(_Part(half, stored * gain + first, -torch.ones_like(values), first, gain, n_bits))
-    scales = parts[0]
-    # What codes stand for is told from the values; of a run whose scale is 0 it is not known, and the scale stays.
-    without = values - sum((part.whole * part.half for part in parts[1:]), torch.zeros_like(values))
-    scales.units = torch.ones_like(values)
-    scales.units = (without / (scales.whole * scales.half)).nan_to_num_(0, 0, 0)
-    return parts
-
-
-def _step(slope: Tensor, curvature: Tensor) -> Tensor:
-    """Where a parabola is least, 0 where it is none."""
-    return (slope / curvature).nan_to_num_(0, 0, 0)
+def _part(blocks: Tensor, kind: Type, number: int) -> _Part:
+    """The scales of blocks [n_bytes, n_rows], or the minima, which are number 1."""
+    places, at = SCALES[kind][number], HALVES[kind][number]
+    stored, n = unpacked(places, blocks), 1 << places.shape[1]
+    is_signed = places.shape[1] == _BYTE
+    first, gain = MULTIPLES[kind]
+    half = blocks[at : at + 2].T.clone(memory_format=torch.contiguous_format).view(-1).view(torch.float16).float()
+    numbers = (stored.to(torch.int8) if is_signed else stored) * gain + first
+    return _Part(half, numbers, first, gain, (-n // 2, n // 2 - 1) if is_signed else (0, n - 1))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 import numpy as np
@@ -29,7 +30,8 @@ N_TOKENS = 16384
 """Of the calibration's, at most, which run through the result as it grows."""
 ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
 """The matrices that read attention's input."""
-_SAMPLE = (1024, 256)
+_SAMPLE = (2048, 256)
+"""More rows take about as long for each weight, fewer longer."""
 _PRODUCT = 768
 _PASSES = 4
 """Times that tokens pass a matrix: for what the next one reads, and behind the layer, quantised and not."""
@@ -39,11 +41,11 @@ _PASSES = 4
 class Speeds:
     """What this machine does, with all threads.
 
-    `per_weight`: seconds that choosing a weight's code takes, beyond those of plain quantising. `products`: of two
-    numbers in a second.
+    `per_weight`: seconds that choosing a weight's code takes, beyond those of plain quantising, in a matrix of so many
+    rows. `products`: of two numbers in a second.
     """
 
-    per_weight: Callable[[Type], float]
+    per_weight: Callable[[Type, int], float]
     products: float
 
 
@@ -57,17 +59,21 @@ def measured_speeds(n_threads: int) -> Speeds:
     rows = np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
     curvature, one = Curvature.of(np.eye(_SAMPLE[1], dtype=np.float32)), torch.ones(_PRODUCT, _PRODUCT)
 
-    def tried(kind: Type) -> float:
-        quantize_with_feedback(rows[:1], curvature, kind)
+    @cache
+    def tried(kind: Type, n_rows: int) -> float:
+        some = rows[:n_rows]
+        quantize_with_feedback(some[:1], curvature, kind)
         begin = time.perf_counter()
-        quantize_with_feedback(rows, curvature, kind)
-        seconds = (time.perf_counter() - begin) / rows.size
-        return max(0.0, seconds - seconds_per_weight(kind)) / n_threads
+        quantize_with_feedback(some, curvature, kind, n_threads)
+        seconds = (time.perf_counter() - begin) / some.size
+        return max(0.0, seconds - seconds_per_weight(kind) / n_threads)
 
     _ = one @ one
     begin = time.perf_counter()
     _ = one @ one
-    return Speeds(tried, _PRODUCT**3 / (time.perf_counter() - begin))
+    return Speeds(
+        lambda kind, n_rows: tried(kind, min(n_rows, _SAMPLE[0])), _PRODUCT**3 / (time.perf_counter() - begin)
+    )
 
 
 def input_of(matrix: Matrix) -> tuple[int, int, str]:
@@ -91,7 +97,6 @@ class FeedbackTime:
         passed = sum(
             _weights(one) * _tokens(source, plan, one) for one in matrices if layer_and_role(one.key.name)[0] >= 0
         )
-        per_weight: dict[Type, float] = {}
         groups = []
         for _, some in groupby(
             sorted(filter(lambda one: _is_fitted(source, plan, one), matrices), key=input_of), input_of
@@ -101,9 +106,7 @@ class FeedbackTime:
             products = n_heads * n_in**2 * (2 * _tokens(source, plan, group[0]) + n_in / 2)
             seconds = 0.0
             for matrix in group:
-                if matrix.type not in per_weight:
-                    per_weight[matrix.type] = speeds.per_weight(matrix.type)
-                seconds += _weights(matrix) * per_weight[matrix.type]
+                seconds += _weights(matrix) * speeds.per_weight(matrix.type, matrix.shape[0] // n_heads)
                 # What is owed to earlier columns, and what makes up for the inputs' drift.
                 products += _weights(matrix) * n_in * 2.5
             groups.append((group, seconds + products / speeds.products))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from slimoe.converter.quant.block_grid import grid_of, with_codes, without_codes
 from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.block_scales import fitted_scales
-from slimoe.converter.quant.feedback import Curvature, damped, feed_back, quantize_with_feedback, upper_factor
+from slimoe.converter.quant.feedback import BlockFit, Curvature, damped, quantize_with_feedback, upper_factor
 from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from tests.converter.quant.test_quantize import random_blocks
 
@@ -126,10 +126,9 @@ def test_feedback_is_textbook_gptq(kind: Type) -> None:
     each = [dequantize_rows(coded(blocks, kind, np.full((4, 32), code)), kind, 32) for code in range(n_levels)]
     expected = textbook_gptq(w, hessian.double().numpy(), np.stack(each, -1))
     grid = grid_of(blocks, kind)
-    target = torch.from_numpy(np.ascontiguousarray(w.T)) - grid.shift.repeat_interleave(32 // len(grid.shift), 0)
-    error = torch.zeros_like(target)
-    feed_back(grid, target, upper_factor(hessian), torch.empty_like(target), error)
-    np.testing.assert_allclose(w - error.T.numpy(), expected, atol=1e-5)
+    fit = BlockFit(grid, torch.from_numpy(np.ascontiguousarray(w.T)))
+    fit.feed_back(upper_factor(hessian))
+    np.testing.assert_allclose(w - fit.error.T.numpy(), expected, atol=1e-5)
 
 
 def test_a_curvature_solves_for_the_weights_of_given_products() -> None:
@@ -216,10 +215,10 @@ def test_widths_of_whole_blocks_suffice(kind: Type, n_columns: int) -> None:
 
 
 def test_threads_share_rows_out_in_their_order() -> None:
-    x, w = inputs(128), weights(192, 128)
+    x, w = inputs(32), weights(3 * 1024, 32)
     hessian = x.T @ x
     alone, shared = (quantize_with_feedback(w, Curvature.of(hessian), Type.Q4_0, n_threads=n) for n in (1, 3))
-    np.testing.assert_allclose(dequantize_rows(shared[0], Type.Q4_0, 128), shared[1], atol=1e-5)
+    np.testing.assert_allclose(dequantize_rows(shared[0], Type.Q4_0, 32), shared[1], atol=1e-5)
     # Sums of products of other sizes are rounded otherwise, which turns a choice now and then.
     assert np.mean(alone[0] == shared[0]) > 0.98
     assert loss(w - shared[1], x) == pytest.approx(loss(w - alone[1], x), rel=1e-2)

@@ -5,13 +5,14 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
 
 from slimoe.converter.quant.block_grid import grid_of, with_codes, without_codes
 from slimoe.converter.quant.block_layout import HALVES, MULTIPLES, SCALES
 from slimoe.converter.quant.packing import packed, unpacked
 from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
-from slimoe.converter.quant.scale_refit import refitted
-from tests.converter.quant.test_feedback import inputs, names, read_codes, weights
+from slimoe.converter.quant.scale_refit import RunScales
+from tests.converter.quant.test_feedback import Matrix, inputs, names, read_codes, weights
 from tests.converter.quant.test_quantize import random_blocks
 
 KINDS = list(SCALES)
@@ -39,20 +40,36 @@ def test_scales_lie_where_the_layout_says_and_mean_what_it_says(kind: Type) -> N
         np.testing.assert_allclose(values * numbers[0], decoded[0] * number, rtol=1e-5, atol=1e-5)
 
 
+def refitted(blocks: NDArray[np.uint8], kind: Type, w: Matrix, metric: torch.Tensor) -> tuple[RunScales, torch.Tensor]:
+    """Scales fitted again to the codes of rows of one block each, and the errors that they then leave of `w`."""
+    n_rows = len(blocks)
+    target = torch.from_numpy(w.T.copy())
+    error = target - torch.from_numpy(dequantize_rows(blocks.reshape(-1), kind, 256).T.copy())
+    scales, grid = RunScales(without_codes(blocks, kind), kind), grid_of(blocks, kind)
+    for run in range(256 // scales.size):
+        some = slice(run * scales.size, (run + 1) * scales.size)
+        slope = metric[some] @ error
+        change = scales.refit(run, target[some], error[some], slope, metric[some, some])
+        grid.rescale(some, *change)
+    moved = grid_of(scales.blocks(), kind)
+    torch.testing.assert_close(grid.shift, moved.shift, rtol=1e-4, atol=1e-4 * float(target.abs().max()))
+    assert scales.blocks().shape == (n_rows, GGML_QUANT_SIZES[kind][1])
+    return scales, error
+
+
 @pytest.mark.parametrize(("kind", "n_rows"), [*((kind, 16) for kind in KINDS), (Type.Q4_K, 1)], ids=str)
 def test_the_loss_falls_and_errors_are_those_of_the_blocks(kind: Type, n_rows: int) -> None:
     w, x = weights(n_rows, 256), inputs(256)
     metric = torch.from_numpy(x.T @ x / 600)
     # Blocks fitted to other weights leave scales much to gain.
     blocks = quantize_rows(1.3 * w + 0.2, kind, np.ones(256, np.float32)).reshape(n_rows, -1)
-    values = dequantize_rows(blocks.reshape(-1), kind, 256)
-    target, codes = torch.from_numpy(w.T.copy()), torch.from_numpy(read_codes(blocks, kind).T.copy()).int()
-    error = torch.from_numpy((w - values).T.copy())
-    scales, left = refitted(without_codes(blocks, kind), kind, target, error, metric)
+    error = torch.from_numpy((w - dequantize_rows(blocks.reshape(-1), kind, 256)).T.copy())
+    codes = torch.from_numpy(read_codes(blocks, kind).T.copy()).int()
+    scales, left = refitted(blocks, kind, w, metric)
     before, after = ((one * (metric @ one)).sum(0) for one in (error, left))
     assert bool((after <= before * 1.0001).all())
     assert after.sum() < 0.8 * before.sum()
-    decoded = dequantize_rows(with_codes(scales, kind, codes).reshape(-1), kind, 256)
+    decoded = dequantize_rows(with_codes(scales.blocks(), kind, codes).reshape(-1), kind, 256)
     np.testing.assert_allclose(w - decoded, left.T.numpy(), atol=1e-4)
 
 
@@ -61,9 +78,7 @@ def test_zeros_and_extremes_stay_finite(kind: Type) -> None:
     w = np.zeros((3, 256), np.float32)
     w[1], w[2, ::2] = 60000.0, -60000.0
     blocks = quantize_rows(w, kind, np.ones(256, np.float32)).reshape(3, -1)
-    error = torch.from_numpy((w - dequantize_rows(blocks.reshape(-1), kind, 256)).T.copy())
-    scales, left = refitted(without_codes(blocks, kind), kind, torch.from_numpy(w.T.copy()), error, torch.eye(256))
+    scales, left = refitted(blocks, kind, w, torch.eye(256))
     assert bool(left.isfinite().all())
     assert not left[:, 0].any()
-    assert bool(torch.isfinite(grid_of(scales, kind).shift).all())
-    assert scales.shape[1] == GGML_QUANT_SIZES[kind][1]
+    assert bool(torch.isfinite(grid_of(scales.blocks(), kind).shift).all())
