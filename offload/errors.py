@@ -73,7 +73,7 @@ class BadLogitsError(SlimoeError):
 
 
 class LibraryError(SlimoeError):
-    """llama-cpp-python's ggml libraries are missing or are not the ones this program was built for."""
+    """No package with ggml is installed, or none whose library this program can use."""
 
     exit_code = 5
 

@@ -30,13 +30,14 @@ def install(checkout: Path, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
 
 
-def fake_venv(checkout: Path) -> Path:
-    """A .venv whose pip writes down what it is asked, and which has a built library."""
+def fake_venv(checkout: Path, *, built: bool = True) -> Path:
+    """A .venv whose pip writes down what it is asked, and which may have a built library."""
     log = checkout / "pip.log"
     executable(checkout / ".venv/bin/pip", f'echo "$CMAKE_ARGS | $@" >>{log}')
-    library = checkout / ".venv/lib/python3.11/site-packages/llama_cpp/lib/libggml-rpc.so"
-    library.parent.mkdir(parents=True)
-    library.touch()
+    folder = checkout / ".venv/lib/python3.11/site-packages/llama_cpp/lib"
+    for name in ("libggml-base.so", "libggml-rpc.so") if built else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
     return log
 
 
@@ -70,13 +71,22 @@ def test_second_time_does_nothing_until_something_changes(checkout: Path) -> Non
     assert len(log.read_text().splitlines()) == 2
 
 
+def test_without_a_compiler_nothing_is_built_and_the_build_is_offered(checkout: Path) -> None:
+    log = fake_venv(checkout, built=False)
+    done = install(checkout)
+    assert done.returncode == 0
+    assert log.read_text().partition(" | ")[2] == "install --editable .\n"
+    assert "scripts/install native" in done.stderr.splitlines()[-1]
+
+
 def test_changed_cmake_args_rebuild_the_library(checkout: Path) -> None:
     log = fake_venv(checkout)
     install(checkout)
     install(checkout, CMAKE_ARGS="-DGGML_CUDA=ON")
+    install(checkout)  # what was built stays
     first, rebuild, again = log.read_text().splitlines()
     assert "CUDA" not in first
     assert "-DGGML_RPC=ON" in rebuild.split()
     assert rebuild.partition(" | ")[0].endswith("-DGGML_CUDA=ON")
     assert "--no-cache-dir" in rebuild
-    assert "--editable" in again
+    assert "--editable .[native]" in again

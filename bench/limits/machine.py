@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from slimoe.offload.errors import SlimoeError
-from slimoe.offload.ggml.library import PINNED
+from slimoe.offload.ggml.library import library_name
 
 QUIET_CORES = 0.15
 
@@ -37,7 +37,7 @@ def describe() -> dict[str, str | int]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "library": PINNED,
+        "library": library_name(),
     }
 
 

@@ -43,13 +43,14 @@ from slimoe.converter.source.tasks import tasks_of
 from slimoe.converter.stats.forward_pass import Progress, coverage
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.estimate import writing_seconds
+from slimoe.offload.ggml.library import chosen
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import Value, read_gguf
 from slimoe.offload.model.native_format import read_layout
 
 LOADERS = {"stock": ("llama.cpp", "slimoe"), "native": ("slimoe",)}
 """The programs that load files of a format."""
-_LIBRARIES = ("slimoe", "numpy", "torch", "gguf", "llama-cpp-python")
+_LIBRARIES = ("slimoe", "numpy", "torch", "gguf")
 _HELD_BYTES = 1 << 30
 """Most bytes in float32 of a small model, which continues texts in memory if no engine is given for it, and is
 quantised to plain types to be compared with.
@@ -288,7 +289,7 @@ class ReportMaker:
             calibration_hash=str(known.get(keys.CALIBRATION_HASH, "")),
             calibration_tokens=int(str(known.get(keys.CALIBRATION_TOKENS, 0))),
             calibration_domains=dict(domains),
-            versions={name: version(name) for name in _LIBRARIES},
+            versions={name: version(name) for name in _LIBRARIES} | {chosen().package.name: chosen().version},
             tasks={name: task.tokens for name, task in tasks_of(known).items()},
         )
 

@@ -90,7 +90,7 @@ def _named(name: str, devices: Sequence[Device]) -> Device:
     if not devices:
         raise UsageError(
             f"--device names {name!r}, but there is none on this machine. Leave --device out to compute on the CPU, "
-            "name another machine's with --rpc, or install llama-cpp-python with your GPU's backend."
+            "name another machine's with --rpc, or build ggml for your GPU, as docs/devices.md says."
         )
     there = ", ".join(f"{device.name} ({device.description})" for device in devices)
     raise UsageError(f"--device names {name!r}, but there is no such device. There is {there}; or use auto or none.")

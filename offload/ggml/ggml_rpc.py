@@ -1,6 +1,6 @@
-"""ggml's devices on other machines: the part of ggml-rpc.h (ggml 0.25.3) that this program uses.
+"""ggml's devices on other machines: the part of ggml-rpc.h (ggml 0.25.3 to 0.27) that this program uses.
 
-Import it only when such a device is asked for: raises LibraryError where llama-cpp-python was built without it.
+Import it only when such a device is asked for: raises LibraryError where the library in use has none.
 """
 # ruff: noqa: D103 - the functions are ggml's own, documented in its headers
 # mypy: disable-error-code="empty-body"

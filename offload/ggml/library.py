@@ -1,21 +1,23 @@
-"""Finds and opens the ggml libraries that llama-cpp-python installed, once per process.
+"""Finds and opens the libraries of ggml and llama.cpp, once per process, and binds their functions.
 
-The package installs three copies of every library; only the one named by the SONAME (`.so.0`) is the one the
-others link to. Opening another maps a second ggml with its own registry, so this module opens no other.
+Several packages install them. The first one that is there and passes `trial` is taken.
 """
 
 import ctypes
-import importlib.util
+import functools
 import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
-from slimoe.offload.errors import LibraryError
+from slimoe.offload.errors import LibraryError, UsageError
+from slimoe.offload.ggml import trial
+from slimoe.offload.ggml.packages import NATIVE, PACKAGES, PREBUILT, Library, Package
 
-PINNED = "llama-cpp-python 0.3.36 (ggml 0.25.3)"
-GGML_VERSION = "0.25.3"
+VERSIONS = ((0, 25), (0, 27))
+"""The oldest and the newest ggml, by major and minor version, that this program has been run with."""
+ENVIRONMENT = "SLIMOE_LIBRARY"
+"""The environment variable that names the only package to take the library from."""
 
 Ptr = Annotated[int | None, ctypes.c_void_p]
 Size = Annotated[int, ctypes.c_size_t]
@@ -27,14 +29,6 @@ F32 = Annotated[float, ctypes.c_float]
 Bool = Annotated[bool, ctypes.c_bool]
 Str = Annotated[bytes, ctypes.c_char_p]
 
-_FILES = {
-    "linux": "lib{}.so.0",
-    "darwin": "lib{}.0.dylib",
-    "win32": "{}.dll",
-}
-_INSTALL = 'Install it as docs/building.md says: CMAKE_ARGS="-DGGML_RPC=ON" pip install llama-cpp-python==0.3.36.'
-
-
 # A ggml that aborts would start a debugger for a backtrace; two threads that abort at once wait for each other's.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 # ggml's threads wait for each other asleep after some 150 microseconds. libgomp's own limit is 300,000 turns, about
@@ -45,21 +39,85 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def library_directory() -> Path:
-    """Where llama-cpp-python keeps its libraries; raises LibraryError when it is not installed."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise LibraryError(f"{PINNED} is not installed. {_INSTALL}")
-    return Path(spec.origin).parent / "lib"
+_INSTALL = f"Install one as docs/building.md says: {PREBUILT.install}"
+_BUILD = f'Build one that has it, as docs/building.md says: CMAKE_ARGS="-DGGML_RPC=ON" {NATIVE.install}'
 
 
-def open_library(name: str) -> ctypes.CDLL:
-    """Opens one library, such as `ggml-base`, by the name the others link to."""
-    path = library_directory() / _FILES.get(sys.platform, "lib{}.so.0").format(name)
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A library that is installed and cannot be used; `why` is a sentence without its stop."""
+
+    library: Library
+    why: str
+
+
+_chosen: list[Library] = []
+"""The library of this process, once there is one: two of them would know nothing of each other's devices."""
+
+
+def use(library: Library) -> None:
+    """Makes this process take a library untried, as the process does that tries it."""
+    assert not _chosen, f"{_chosen[0]} is open already"
+    _chosen.append(library)
+
+
+def chosen() -> Library:
+    """The library of this process, which is the first that can be used. Raises LibraryError where none can."""
+    if not _chosen:
+        refused = list[Refusal]()
+        for found in candidates():
+            if isinstance(found, Library):
+                use(found)
+                return found
+            refused.append(found)
+        reasons = "".join(f"{refusal.why}. " for refusal in refused)
+        names = " nor ".join(package.name for package in wanted())
+        raise LibraryError(f"No ggml can be used. {reasons or f'Neither {names} is installed. '}{_INSTALL}")
+    return _chosen[0]
+
+
+def candidates() -> Iterator[Library | Refusal]:
+    """The installed library of each package, in order: itself where it can be used, else why it cannot."""
+    for package in wanted():
+        library = package.find()
+        if library is not None:
+            why = trial.problem(library)
+            yield library if why is None else Refusal(library, why)
+
+
+def wanted() -> tuple[Package, ...]:
+    """The packages to look at: all, or the one that SLIMOE_LIBRARY names; raises UsageError where that is none."""
+    name = os.environ.get(ENVIRONMENT, "")
+    found = tuple(package for package in PACKAGES if name in ("", package.name))
+    if not found:
+        names = ", ".join(package.name for package in PACKAGES)
+        raise UsageError(f"{ENVIRONMENT} is {name!r}, which is no package with ggml. Set it to one of {names}.")
+    return found
+
+
+@functools.cache
+def ggml_version() -> str:
+    """The version of the ggml in use, such as 0.25.3; raises LibraryError as `chosen` does."""
+    function = open_library("ggml-base").ggml_version
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def library_name() -> str:
+    """The package in use with its version, and its ggml's; raises LibraryError as `chosen` does."""
+    return f"{chosen()} (ggml {ggml_version()})"
+
+
+def open_library(part: str) -> ctypes.CDLL:
+    """Opens one library, such as `ggml-base`; raises LibraryError where none can be used, or it lacks that part."""
+    library = chosen()
+    path = library.path(part)
+    if part == "ggml-rpc" and (library.package.single or not path.is_file()):
+        raise LibraryError(f"{library} has no RPC (libggml-rpc), which --rpc needs. {_BUILD}")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise LibraryError(f"{path} cannot be opened ({error}). {_INSTALL}") from None
+        raise LibraryError(f"{library} cannot be opened ({error})") from None
 
 
 def c_function(library: ctypes.CDLL) -> Callable[[Callable[..., Any]], Any]:
@@ -69,7 +127,7 @@ def c_function(library: ctypes.CDLL) -> Callable[[Callable[..., Any]], Any]:
         try:
             function = getattr(library, stub.__name__)
         except AttributeError:
-            raise LibraryError(f"ggml has no function {stub.__name__}: {PINNED} is needed. {_INSTALL}") from None
+            raise LibraryError(f"{chosen()} has no function {stub.__name__}") from None
         hints = get_type_hints(stub, include_extras=True)
         function.restype = _c_type(hints.pop("return"))
         function.argtypes = [_c_type(hint) for hint in hints.values()]

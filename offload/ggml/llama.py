@@ -18,7 +18,7 @@ GGUF_INT32, GGUF_FLOAT32 = 5, 6
 
 
 class ModelParams(ctypes.Structure):
-    """`struct llama_model_params`."""
+    """`struct llama_model_params`, with room for what newer versions have behind it: they fill and read that too."""
 
     _fields_ = (
         ("devices", ctypes.c_void_p),
@@ -38,6 +38,7 @@ class ModelParams(ctypes.Structure):
         ("no_host", ctypes.c_bool),
         ("no_alloc", ctypes.c_bool),
         ("load_mtp", ctypes.c_bool),
+        ("further", ctypes.c_char * 256),
     )
 
 

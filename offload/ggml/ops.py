@@ -1,13 +1,15 @@
 """ggml's tensors and operations: the part of its C API that this program uses, as typed functions over ctypes.
 
-Importing this module opens the libraries and checks that they are the ones it was written for: version, type
-names, block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3; its
-buffers and devices are in `ggml_backend`. Tensors, contexts and graphs are plain addresses.
+Importing this module opens the libraries and checks that they are of a kind it was written for: version, type
+names, block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3, from which what is
+bound here does not differ up to 0.27; buffers and devices are in `buffers`. Tensors, contexts and graphs are plain
+addresses.
 """
 
 # mypy: disable-error-code="empty-body"
 
 import ctypes
+import re
 from typing import Annotated, Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -15,15 +17,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from slimoe.offload.errors import LibraryError
 from slimoe.offload.ggml.library import (
     F32,
-    GGML_VERSION,
     I32,
     I64,
-    PINNED,
+    VERSIONS,
     Bool,
     Ptr,
     Size,
     Str,
     c_function,
+    chosen,
     open_library,
 )
 from slimoe.offload.ggml.struct import InitParams as InitParams
@@ -34,6 +36,8 @@ from slimoe.offload.ggml.struct import tensor_at as tensor_at
 _BASE = open_library("ggml-base")
 
 _NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
+OBJECT_BYTES = 32
+"""`sizeof(struct ggml_object)`, which a context puts before each tensor."""
 PREC_F32 = 10
 SORT_DESCENDING = 1
 BATCH_QUERIES = 64
@@ -332,22 +336,29 @@ def ggml_quantize_chunk(
 
 def _check_library() -> None:
     version = ggml_version().decode()
-    if version != GGML_VERSION:
-        raise LibraryError(f"ggml {version} is installed, but {PINNED} is needed. Install that version.")
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not VERSIONS[0] <= number <= VERSIONS[1]:
+        oldest, newest = (".".join(map(str, each)) for each in VERSIONS)
+        raise LibraryError(f"{chosen()} has ggml {version}, but {oldest} to {newest} is needed")
     for kind in set(GGMLQuantizationType).difference(_NEVER_STORED):
         name = (ggml_type_name(kind) or b"").decode().upper()
         sizes = (ggml_blck_size(kind), ggml_type_size(kind))
         if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):
-            raise LibraryError(f"ggml's type {kind.value} is {name} {sizes}, not {kind.name}: {PINNED} is needed.")
+            n, n_bytes = GGML_QUANT_SIZES[kind]
+            found = f"{name} of {sizes[0]} weights in {sizes[1]} bytes"
+            raise LibraryError(f"{chosen()} has as type {kind.value} {found}, not {kind.name} of {n} in {n_bytes}")
     ctx = ggml_init(InitParams(1 << 16, None, True))
     address = ggml_new_tensor_4d(ctx, GGMLQuantizationType.Q8_0, 64, 3, 5, 7)
     ggml_set_name(address, b"layout")
     tensor = tensor_at(address)
     seen = (tensor.type, tuple(tensor.ne), tuple(tensor.nb), tensor.name, tensor.data)
     expected = (8, (64, 3, 5, 7), (34, 68, 204, 1020), b"layout", None)
+    n_bytes = ggml_tensor_overhead() - OBJECT_BYTES
     ggml_free(ctx)
-    if seen != expected:
-        raise LibraryError(f"ggml's tensor structure is not the expected one: {PINNED} is needed.")
+    if seen != expected or n_bytes != ctypes.sizeof(Tensor):
+        raise LibraryError(
+            f"{chosen()} has a tensor structure of {n_bytes} bytes, not the known one of {ctypes.sizeof(Tensor)}"
+        )
 
 
 _check_library()

@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 
 from slimoe.offload.errors import DeviceError, UsageError
+from slimoe.offload.ggml.packages import NATIVE
 
 PATIENCE_SECONDS = 3.0
 _ENDPOINT = re.compile(r"([^\s:/\[\]]+):([0-9]{1,5})")
@@ -92,5 +93,6 @@ def _check_version(endpoint: RpcEndpoint, answer: bytes, version: tuple[int, int
     if major != version[0] or minor > version[1]:
         raise DeviceError(
             f"The RPC server {endpoint} speaks version {major}.{minor}.{patch} of ggml's protocol, but "
-            f"{version[0]}.{version[1]} is needed. Build it from the llama.cpp that llama-cpp-python 0.3.36 comes with."
+            f"{version[0]}.{version[1]} is needed. Build it from the llama.cpp that "
+            f"{NATIVE.name} {NATIVE.wanted} comes with."
         )

@@ -7,7 +7,6 @@ error: what cannot be read, or is not what was asked for, counts as unknown, and
 import contextlib
 import functools
 import json
-import os
 import platform
 import time
 import zlib
@@ -17,12 +16,12 @@ from typing import Any, TypeVar
 
 import msgspec
 import psutil
-from platformdirs import user_cache_dir
 
 from slimoe.offload.errors import SlimoeError
+from slimoe.offload.files.cache_folder import cache_folder
 from slimoe.offload.files.regular_file import read_regular
 from slimoe.offload.files.whole_file import Destination, write_whole
-from slimoe.offload.ggml.library import GGML_VERSION, library_directory
+from slimoe.offload.ggml.library import chosen, ggml_version
 from slimoe.offload.resources.processors import waits
 from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 
@@ -38,7 +37,7 @@ program a third and more. Then repacked weights look no faster than plain ones, 
 
 def default_path() -> Path:
     """`measurements.json` in SLIMOE_CACHE, or in the user's cache directory."""
-    return Path(os.environ.get("SLIMOE_CACHE") or user_cache_dir("slimoe")) / _FILE
+    return cache_folder() / _FILE
 
 
 class MeasurementCache:
@@ -123,8 +122,7 @@ def machine_name() -> str:
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         processor = next(names, platform.machine())
     # Two builds of one version differ: compiler flags change speeds by a factor.
-    files = sorted(path for path in library_directory().glob("*ggml*") if path.is_file())
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in chosen().files]
     build = f"{zlib.crc32(repr(stats).encode()):08x}"
     n_cores, n_gib = psutil.cpu_count() or 1, round(psutil.virtual_memory().total / 2**30)
-    return f"{processor}, {n_cores} cores, {n_gib} GiB, ggml {GGML_VERSION} {build}"
+    return f"{processor}, {n_cores} cores, {n_gib} GiB, ggml {ggml_version()} {build}"

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slimoe.offload.ggml.library import chosen
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.machine.measurement_cache import machine_name
 from slimoe.offload.resources.processors import usable_processors
 from slimoe.server.options.installed import version_of
 
 _BLOCK = 1 << 24
-_LIBRARIES = ("slimoe", "llama-cpp-python", "gguf", "aiohttp", "numpy")
+_LIBRARIES = ("slimoe", "gguf", "aiohttp", "numpy")
 
 
 def file_facts(path: Path, *, whole: bool) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def file_facts(path: Path, *, whole: bool) -> dict[str, Any]:
 
 def run_facts(arguments: Sequence[str], versions: dict[str, str]) -> dict[str, Any]:
     """When, where, with which versions and by which command something ran."""
-    found = {name: version_of(name) for name in _LIBRARIES}
+    library = chosen()
+    found = {name: version_of(name) for name in _LIBRARIES} | {library.package.name: library.version}
     return {
         "command": shlex.join(["slimoe", *arguments]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

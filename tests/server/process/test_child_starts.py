@@ -34,6 +34,7 @@ def without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("SLIMOE_LIBRARY", "llama-cpp-python")
 
 
 def test_the_processes_that_are_started_are_known() -> None:
@@ -56,6 +57,8 @@ async def test_plans_tell_that_ggml_cannot_be_loaded(capfd: pytest.CaptureFixtur
     for plan in plans:
         assert plan is not None
         assert plan.problem is not None
-        assert re.fullmatch(r".*libggml\S+ cannot be opened .* Install it as docs/building\.md says: .*", plan.problem)
+        assert re.fullmatch(
+            r"No ggml .* lacks \S*libggml-base\S+ Install one as docs/building\.md says: .*", plan.problem
+        )
         assert not plan.fits
     assert capfd.readouterr() == ("", "")

@@ -243,6 +243,7 @@ def test_a_ggml_that_cannot_be_loaded_is_told_with_its_own_status(
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("SLIMOE_LIBRARY", "llama-cpp-python")
     process = slimoe("serve", model, "--port", "0")
     out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (5, "")
