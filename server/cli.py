@@ -32,6 +32,7 @@ SECTIONS = {
         "plan": "Say what a model would take or become, and how fast it would be, without loading it.",
         "eval": "Evaluate a model on tasks of lm-eval, within a budget of memory.",
         "bench": "Measure prompt and decoding speed of a model.",
+        "doctor": "Say which ggml computes here, what this machine has, and what would make it faster.",
     },
     "Shell": {
         "completion": "Print the script that completes commands and flags in a shell.",

@@ -6,12 +6,12 @@ taken beside one is worth writing down.
 
 import platform
 import sys
-from pathlib import Path
 
 import psutil
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.ggml.library import library_name
+from slimoe.offload.machine.measurement_cache import processor_name
 
 QUIET_CORES = 0.15
 
@@ -24,15 +24,8 @@ class BusyMachineError(SlimoeError):
 
 def describe() -> dict[str, str | int]:
     """Processor, cores, memory in GiB, operating system and library, for a report."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        cpu = platform.processor()
-    else:
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        cpu = next(names, platform.machine())
     return {
-        "cpu": cpu,
+        "cpu": processor_name(),
         "cores": psutil.cpu_count() or 0,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.platform(terse=True),

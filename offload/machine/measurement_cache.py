@@ -80,13 +80,18 @@ class MeasurementCache:
 
     def get(self, name: str, kind: type[T]) -> T | None:
         """The value of that name if it is known and of that type, else None."""
-        known = self._read().get(self._machine)
-        if not isinstance(known, dict) or name not in known:
+        known = self.known()
+        if name not in known:
             return None
         try:
             return msgspec.convert(known[name], kind)
         except msgspec.ValidationError:
             return None
+
+    def known(self) -> dict[str, Any]:
+        """All values that are remembered, by name, as JSON has them."""
+        known = self._read().get(self._machine)
+        return known if isinstance(known, dict) else {}
 
     def put(self, values: Mapping[str, object]) -> None:
         """Remembers values; what other processes read or remember meanwhile is whole and kept."""
@@ -97,8 +102,7 @@ class MeasurementCache:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with Destination(self._path) as destination:
                 machines = self._read()
-                known = machines.get(self._machine)
-                machines[self._machine] = (known if isinstance(known, dict) else {}) | msgspec.to_builtins(dict(values))
+                machines[self._machine] = self.known() | msgspec.to_builtins(dict(values))
                 text = json.dumps({"format": _FORMAT, "machines": machines}, indent=1)
                 write_whole(self._path, text.encode(), destination.folder)
 
@@ -113,16 +117,20 @@ class MeasurementCache:
         return machines if isinstance(machines, dict) else {}
 
 
-@functools.cache
-def machine_name() -> str:
-    """What a measurement depends on: processor, cores, memory, and the very library that computes."""
-    processor = platform.processor() or platform.machine()
+def processor_name() -> str:
+    """The processor as the system calls it."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        processor = next(names, platform.machine())
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def machine_name() -> str:
+    """What a measurement depends on: processor, cores, memory, and the very library that computes."""
     # Two builds of one version differ: compiler flags change speeds by a factor.
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in chosen().files]
     build = f"{zlib.crc32(repr(stats).encode()):08x}"
     n_cores, n_gib = psutil.cpu_count() or 1, round(psutil.virtual_memory().total / 2**30)
-    return f"{processor}, {n_cores} cores, {n_gib} GiB, ggml {ggml_version()} {build}"
+    return f"{processor_name()}, {n_cores} cores, {n_gib} GiB, ggml {ggml_version()} {build}"
