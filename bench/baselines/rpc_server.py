@@ -3,7 +3,6 @@
 Run as `python -m bench.baselines.rpc_server PORT`, it serves until standard input ends.
 """
 
-import ctypes
 import os
 import socket
 import subprocess
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimoe.offload.errors import DeviceError
-from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ggml_rpc
 from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
 
@@ -72,10 +70,7 @@ def _wait_until_it_answers(server: RpcServer) -> None:
 def main() -> None:
     """Serves on the port that the command line names; never returns."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    cpu = ggml_backend.ggml_backend_reg_dev_get(ggml_backend.ggml_backend_cpu_reg(), 0)
-    devices = (ctypes.c_void_p * 1)(cpu)
-    endpoint = f"127.0.0.1:{int(sys.argv[1])}".encode()
-    ggml_rpc.ggml_backend_rpc_start_server(endpoint, None, 1, 1, ctypes.addressof(devices))
+    ggml_rpc.serve(int(sys.argv[1]))
 
 
 def _end_with_input() -> None:

@@ -1,6 +1,5 @@
 """Calibrates a model: the entry point, which runs texts through it and writes their statistics to a file."""
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from slimoe.converter.stats.statistics_file import save_statistics
 from slimoe.converter.stats.type_errors import type_by_name
 from slimoe.offload.errors import UnsupportedModelError, UsageError
 from slimoe.offload.files.whole_file import Destination, real_path
+from slimoe.offload.resources.memory import peak_resident_bytes
 from slimoe.offload.resources.processors import usable_processors
 
 OpenEncoder = Callable[[Path, Mapping[str, Any]], TextEncoder]
@@ -198,6 +198,6 @@ def _report(statistics: Statistics, target: Path, seconds: float) -> CalibrateRe
         n_bytes=target.stat().st_size,
         n_seen=n_seen,
         n_experts=n_experts,
-        peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        peak_bytes=peak_resident_bytes(),
         layers=tuple(layers),
     )

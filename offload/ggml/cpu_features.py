@@ -1,4 +1,4 @@
-"""Instructions of the processor: which it has, and which of them the library in use was compiled for."""
+"""Instructions of the processor, and those that the library was compiled for. Apart: no engine asks for them."""
 
 import contextlib
 import ctypes

@@ -117,7 +117,7 @@ def _lent(endpoint: RpcEndpoint) -> Iterable[Device]:
     """The devices of an RPC server; ggml calls all of them GPUs, whatever they are there."""
     from slimoe.offload.ggml import ggml_rpc
 
-    check_answers(endpoint, ggml_rpc.PROTOCOL_VERSION)
+    check_answers(endpoint, ggml_rpc.protocol_version())
     registry = ggml_rpc.ggml_backend_rpc_add_server(str(endpoint).encode())
     if not registry:
         raise DeviceError(f"The RPC server {endpoint} lends no device. Start it with one, or leave --rpc out.")

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 
 from slimoe.offload.errors import DeviceError, UsageError
-from slimoe.offload.ggml.packages import NATIVE
+from slimoe.offload.ggml.library import chosen
 
 PATIENCE_SECONDS = 3.0
 _ENDPOINT = re.compile(r"([^\s:/\[\]]+):([0-9]{1,5})")
@@ -51,6 +51,16 @@ def parse_endpoint(text: str) -> RpcEndpoint:
 
 def check_answers(endpoint: RpcEndpoint, version: tuple[int, int]) -> None:
     """Greets the server and hangs up; raises DeviceError within seconds unless it speaks this protocol version."""
+    major, minor, patch = spoken_version(endpoint)
+    if major != version[0] or minor > version[1]:
+        raise DeviceError(
+            f"The RPC server {endpoint} speaks version {major}.{minor}.{patch} of ggml's protocol, but "
+            f"{version[0]}.{version[1]} is needed. Build it from the llama.cpp that {chosen()} comes with."
+        )
+
+
+def spoken_version(endpoint: RpcEndpoint) -> tuple[int, int, int]:
+    """The protocol version that a server speaks; raises DeviceError within seconds where none answers."""
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, socket.AF_INET, socket.SOCK_STREAM)
         address = found[0][4]
@@ -64,7 +74,10 @@ def check_answers(endpoint: RpcEndpoint, version: tuple[int, int]) -> None:
         ) from None
     except OSError as error:
         raise DeviceError(f"No RPC server answers at {endpoint} ({error.strerror or error}). {_START}") from None
-    _check_version(endpoint, answer, version)
+    if len(answer) != _RESPONSE.size or _RESPONSE.unpack(answer)[0] != _RESPONSE.size - 8:
+        raise DeviceError(f"What answers at {endpoint} is no RPC server of ggml, or one of another version. {_START}")
+    _, major, minor, patch, _ = _RESPONSE.unpack(answer)
+    return major, minor, patch
 
 
 def refuses(endpoint: RpcEndpoint) -> bool:
@@ -84,15 +97,3 @@ def _received(connection: socket.socket, n_bytes: int) -> bytes:
     while len(data) < n_bytes and (piece := connection.recv(n_bytes - len(data))):
         data += piece
     return data
-
-
-def _check_version(endpoint: RpcEndpoint, answer: bytes, version: tuple[int, int]) -> None:
-    if len(answer) != _RESPONSE.size or _RESPONSE.unpack(answer)[0] != _RESPONSE.size - 8:
-        raise DeviceError(f"What answers at {endpoint} is no RPC server of ggml, or one of another version. {_START}")
-    _, major, minor, patch, _ = _RESPONSE.unpack(answer)
-    if major != version[0] or minor > version[1]:
-        raise DeviceError(
-            f"The RPC server {endpoint} speaks version {major}.{minor}.{patch} of ggml's protocol, but "
-            f"{version[0]}.{version[1]} is needed. Build it from the llama.cpp that "
-            f"{NATIVE.name} {NATIVE.wanted} comes with."
-        )

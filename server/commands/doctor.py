@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from slimoe.server.child_python import module_command
 from slimoe.server.options.installed import version_of
 
 _SCRIPT = Path(__file__).parents[2] / "scripts" / "install"
+_WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""What keeps out ggml's AMX code, which GCC breaks."""
 _TYPE = "Q4_K"
 _MEASURED_GAIN = 2.4
 """How much faster prompts were read by a build with AVX-512 than by the prebuilt one (bench/RESULTS.md)."""
@@ -169,7 +172,9 @@ def _advice(usable: Sequence[Library], unused: Sequence[str], products: Mapping[
     if not usable:
         return f"No ggml can be used. Install the prebuilt one: {PREBUILT.install}"
     more = f"use {', '.join(unused)} as well" if unused else "fit this processor"
-    command = f"{_SCRIPT} native" if _SCRIPT.exists() else "see docs/building.md"
+    flags = f'CFLAGS="{_WITHOUT_AMX}" CXXFLAGS="{_WITHOUT_AMX}" ' if platform.machine() in ("x86_64", "AMD64") else ""
+    pip = f"CMAKE_ARGS=-DGGML_RPC=ON {flags}{sys.executable} -m {NATIVE.install} --no-cache-dir"
+    command = f"{_SCRIPT} native" if _SCRIPT.exists() else pip
     build = f"That takes some minutes and a C++ compiler: {command}"
     if usable[0].package != NATIVE:
         gain = f" With AVX-512 prompts were read {_MEASURED_GAIN:g} times as fast, answers as before."

@@ -22,8 +22,8 @@ from bench.baselines.rpc_server import DEADLINE, ROOT, RpcServer, rpc_server
 from slimoe.offload.errors import DeviceError, DoesNotFitError, UsageError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
+from slimoe.offload.ggml import ggml_rpc, rpc_endpoint
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.ggml import rpc_endpoint
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend, EngineAbortedError
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device, available_devices, choose_devices
@@ -368,6 +368,10 @@ def test_what_answers_is_something_else(answer: bytes) -> None:
 def test_another_version_of_the_protocol(version: tuple[int, int]) -> None:
     with answering(greeting(*version)) as endpoint, pytest.raises(DeviceError, match=r"speaks version .* 7\.0 is"):
         check_answers(endpoint, VERSION)
+
+
+def test_the_library_is_asked_for_its_protocol() -> None:
+    assert ggml_rpc.own_version() == ggml_rpc.protocol_version() == VERSION
 
 
 def test_a_server_that_another_client_has(server: RpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
