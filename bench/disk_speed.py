@@ -71,8 +71,11 @@ def _speed(file: int, size: int, pieces: tuple[int, int], n_threads: int, second
     `pieces`: bytes that lie together, and bytes of one request.
     """
     piece, request = pieces
-    memories = [mmap.mmap(-1, piece) for _ in range(n_threads)]
+    memories = [mmap.mmap(-1, piece, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(n_threads)]
     for memory in memories:
+        # In small pages a disk takes up to twice as long, and shared memory, mmap's default, gets no others.
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory[::_ALIGNED] = bytes(len(range(0, piece, _ALIGNED)))
     read = [0] * n_threads
     begin = time.perf_counter()

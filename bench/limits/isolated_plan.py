@@ -34,7 +34,7 @@ def expect(job: Job) -> Expected:
     with tempfile.TemporaryDirectory(prefix="slimoe-plan-") as directory:
         cache = MeasurementCache(Path(directory) / "measurements.json")
         predicted = predict_plan(plan, measure_machine(config, plan, lambda _: None, cache))
-    return Expected(predicted.decode.ms_per_token, predicted.prefill.ms_per_token, expert_placement(plan).disk_share)
+    return Expected(predicted.decode.ms_per_token, predicted.prefill.ms_per_token, expert_placement(plan).missed_share)
 
 
 def main() -> None:

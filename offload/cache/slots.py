@@ -11,8 +11,8 @@ from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.resources.memory import human
 
-MAX_PREFETCH_DEPTH = 3
-"""Later layers whose routers are asked early: beyond the third they know too little."""
+MAX_PREFETCH_DEPTH = 2
+"""Later layers whose routers are asked early: what a third one adds is read in vain more often than it helps."""
 
 LowSlots = Literal["none", "shared", "first", "last"]
 """The slots of low-bit copies: none, as many as of best copies, all before any best copy, or what those leave."""

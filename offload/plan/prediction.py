@@ -96,7 +96,8 @@ def known_as(device: Device) -> str:
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:
     load = workload(plan.spec, plan.sources, plan.layers)
-    residency = Residency(where.device_share, where.host_share, where.is_cut, where.by_layer)
+    host_share = where.found_share if step.n_tokens == 1 else where.host_share
+    residency = Residency(where.device_share, host_share, where.is_cut, where.by_layer)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]
     predictions = [predict(load, residency, speed, step, name) for name in processors]

@@ -147,7 +147,7 @@ def _tiers(plan: EnginePlan) -> dict[str, Any]:
         },
         "disk": {"n_experts": where.on_disk},
         "n_experts": where.n_experts,
-        "expected_hits": {"devices": where.device_share, "host": where.host_share, "disk": where.disk_share},
+        "expected_hits": {"devices": where.device_share, "host": where.found_share, "disk": where.missed_share},
     }
 
 
@@ -168,10 +168,10 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
     if where.on_disk:
         lines.append(_row("disk only", f"{where.on_disk} of {_count(where.n_experts, 'expert')}"))
     if where.is_cut:
-        hits = {"on devices": where.device_share, "in memory": where.host_share, "read from disk": where.disk_share}
+        hits = {"on devices": where.device_share, "in memory": where.found_share, "read from disk": where.missed_share}
         found = ", ".join(f"{100 * hit:.0f} % {name}" for name, hit in hits.items() if hit > 0)
-        basis = "used as often as the file says" if plan.priors is not None else "all used alike"
-        lines.append(_row("experts are found", f"{found} ({basis}; following the text does better)"))
+        basis = "as often as the file says" if plan.priors is not None else "a guess: as in other models' texts"
+        lines.append(_row("experts are found", f"{found} ({basis})"))
     return ["", *lines]
 
 

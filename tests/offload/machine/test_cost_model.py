@@ -57,7 +57,7 @@ def test_a_resident_model_takes_what_its_bytes_take() -> None:
         (1e9, 0.75, 10.1, 9.1, "cpu"),
         (1e9, 0.0, 13.1, 9.1, "cpu"),
         (1e8, 1.0, 40.0, 40.0, "disk"),  # 40 ms of reading, all computing behind it
-        (1e8, 0.5, 40.0, 40.0, "disk"),
+        (1e8, 0.5, 44.55, 40.0, "disk"),  # half of the computing has nothing to read beside it
         (1e8, 0.0, 49.1, 40.0, "disk"),
     ],
 )

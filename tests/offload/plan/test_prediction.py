@@ -18,7 +18,7 @@ from slimoe.offload.machine.workload import workload
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
-from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
+from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement, following_power
 from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan, repacked_speed
 from slimoe.offload.plan.weight_forms import Mode
 from tests.models.configs import engine_config, reconfigured
@@ -67,6 +67,21 @@ def test_slots_serve_their_share(model: Path, n_slots: int) -> None:
     assert where.host_share == pytest.approx(n_slots / 24)
     assert where.disk_share == pytest.approx(1 - n_slots / 24)
     assert where.is_cut
+
+
+def test_a_cache_that_follows_the_text_misses_less(model: Path) -> None:
+    """A guess where the file does not tell uses: the more experts, the more unevenly a text uses them."""
+    plan = with_slots(engine_config(model, n_threads=1), 12)
+    guessed = expert_placement(plan)
+    assert guessed.missed_share == pytest.approx(0.5**1.7)
+    assert guessed.found_share == pytest.approx(1 - 0.5**1.7)
+    told = expert_placement(dataclasses.replace(plan, priors=np.ones((4, 6))))
+    assert (told.missed_share, told.found_share) == pytest.approx((0.5, 0.5))
+    beside = dataclasses.replace(guessed, device_share=0.5, host_share=0.25)
+    assert beside.missed_share == pytest.approx(0.5 * 0.5**1.7), "of what is left for the host, half"
+    many = [layer and dataclasses.replace(layer, experts=layer.experts[:1] * 128) for layer in plan.layers]
+    assert following_power(dataclasses.replace(plan, layers=tuple(many))) == pytest.approx(2.5)
+    assert following_power(plan_engine(engine_config(model, n_threads=1))) == 1
 
 
 def test_the_most_used_experts_come_first(model: Path) -> None:
@@ -151,12 +166,13 @@ def test_both_phases_are_the_cost_models(model: Path) -> None:
     speed = machine_for(plan, disk=1e8)
     prediction = predict_plan(plan, speed)
     load = workload(plan.spec, plan.sources, plan.layers)
-    residency = Residency(0.0, 0.5)
     assert (prediction.n_past, prediction.n_prompt) == (511, plan.n_batch)
-    assert prediction.decode == predict(load, residency, speed, Step(n_past=511))
-    assert prediction.prefill == predict(load, residency, speed, Step(n_tokens=plan.n_batch, look_ahead=1.0))
+    found = expert_placement(plan).found_share
+    assert prediction.decode == predict(load, Residency(0.0, found), speed, Step(n_past=511))
+    prompt = Step(n_tokens=plan.n_batch, look_ahead=1.0)
+    assert prediction.prefill == predict(load, Residency(0.0, 0.5), speed, prompt), "which needs every expert"
     assert prediction.decode.bound_name == "disk"
-    assert prediction.decode.bound_ms == pytest.approx(4 * 3 / 2 * EXPERT_BYTES / 1e8 * 1000)
+    assert prediction.decode.bound_ms == pytest.approx(4 * 3 * 0.5**1.7 * EXPERT_BYTES / 1e8 * 1000)
 
 
 def test_everything_is_measured_once(model: Path, tmp_path: Path) -> None:
