@@ -51,7 +51,6 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.machine.measurement_cache import MeasurementCache
-from slimoe.offload.plan.device_plan import N_PASSING
 from slimoe.offload.plan.engine_config import ContextConfig, EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.prediction import measure_machine, predict_plan
@@ -182,9 +181,9 @@ def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], tr
 def own_slots(plan: EnginePlan) -> Counter[int]:
     """The device's slots for experts that stay there, by an expert's bytes."""
     slots: Counter[int] = Counter()
-    for kind, n in plan.devices[0].n_slots:
+    for kind, n in plan.devices[0].n_own.items():
         sizes = {copies[0].slot_class: copies[0].n_bytes for layer in plan.layers if layer for copies in layer.experts}
-        slots[sizes[kind]] += n - N_PASSING
+        slots[sizes[kind]] += n
     return slots
 
 

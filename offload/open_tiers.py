@@ -270,7 +270,9 @@ class _Opening:
         if device.is_whole:
             return DevicePart(backend, exchange, device.layers, cache, weights)
         enter = self._opened.enter_context
-        pools = {kind: enter(closing(SlotPool(backend, kind, n, N_PASSING))) for kind, n in device.n_slots}
+        pools = {
+            bank: enter(closing(SlotPool(backend, bank.slot_class, bank.n_slots, N_PASSING))) for bank in device.banks
+        }
         graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture, weights.layers)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
         experts = DeviceExperts(pools, enter(closing(graphs)), own, self._on_devices)
@@ -377,7 +379,7 @@ class _Opening:
 
     def _measure(self, part: DevicePart, device: DeviceExperts, host_pool: HostPool, host: HostExperts) -> None:
         """Measures how long it takes to move an expert to a device, and what that gains."""
-        able = [key for key in device.copies if device.kind_of(key) is not None]
+        able = {key: bank for key in device.copies if (bank := device.bank_of(key)) is not None}
         if not able:
             return
 
@@ -385,14 +387,14 @@ class _Opening:
             """Reads a number: an RPC server has then done all before, of which others only know that it was sent."""
             part.exchange.read("positions", 1)
 
-        key = next((key for key in able if host.has(key)), able[0])
+        key = next((key for key in able if host.has(key)), next(iter(able)))
         host_pool.pin({key})
-        kind, n_batch = self._copies[key].slot_class, self._plan.n_batch
+        bank, n_batch = able[key], self._plan.n_batch
         addresses = host.addresses(key)
-        copy_seconds = fastest(lambda: device.copy_passing(addresses, kind), wait)
-        there = measure_times(lambda n: device.run_passing(kind, n), n_batch, wait)
+        copy_seconds = fastest(lambda: device.copy_passing(addresses, bank), wait)
+        there = measure_times(lambda n: device.run_passing(bank, n), n_batch, wait)
         here = measure_times(lambda n: host.run_one(key, n), n_batch)
         host_pool.pin(set())
         device.times = LinkTimes(here, there, copy_seconds)
         rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
-        device.swaps = SlotExchange(self._policy, rule, device.kind_of)
+        device.swaps = SlotExchange(self._policy, rule, device.bank_of)

@@ -8,8 +8,12 @@ import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.offload.devices import Devices
 
 # Hundreds of tests start the program, which compiles itself each time where Python is told to keep no bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -49,6 +53,31 @@ def endpoints() -> Iterator[tuple[str, str]]:
 
     with rpc_server() as one, rpc_server() as other:
         yield one.endpoint, other.endpoint
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs what needs devices on each kind that there is."""
+    for name in ("one_device", "two_devices"):
+        if name in metafunc.fixturenames:
+            from tests.offload.devices import KINDS
+
+            metafunc.parametrize(name, KINDS, indirect=True)
+
+
+@pytest.fixture
+def one_device(request: pytest.FixtureRequest, endpoints: tuple[str, str]) -> "Devices":
+    """The device of an RPC server over the CPU, and each GPU of this machine, in turn."""
+    from tests.offload.devices import one_of
+
+    return one_of(request.param, endpoints[0])
+
+
+@pytest.fixture
+def two_devices(request: pytest.FixtureRequest, endpoints: tuple[str, str]) -> "Devices":
+    """Devices of two RPC servers over the CPU, and each GPU of this machine beside one of them, in turn."""
+    from tests.offload.devices import two_of
+
+    return two_of(request.param, endpoints)
 
 
 @pytest.fixture(scope="session")

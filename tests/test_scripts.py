@@ -25,7 +25,7 @@ def executable(path: Path, body: str) -> Path:
 
 
 def install(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "PYTHON")}
+    clean = {name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "PYTHON", "SLIMOE_VENV")}
     command = [str(checkout / "scripts" / "install")]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
 
@@ -90,3 +90,38 @@ def test_changed_cmake_args_rebuild_the_library(checkout: Path) -> None:
     assert rebuild.partition(" | ")[0].endswith("-DGGML_CUDA=ON")
     assert "--no-cache-dir" in rebuild
     assert "--editable .[native]" in again
+
+
+def test_another_folder_for_the_virtual_environment(checkout: Path) -> None:
+    log = fake_venv(checkout)
+    (checkout / ".venv").rename(checkout / ".venv-device")
+    assert install(checkout, SLIMOE_VENV=".venv-device").returncode == 0
+    assert "--editable" in log.read_text()
+    assert not (checkout / ".venv").exists()
+
+
+def device_tests(checkout: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(checkout / "scripts" / "test-device"), *words]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_where_no_library_is_built_for_a_device_it_is_said(checkout: Path) -> None:
+    done = device_tests(checkout, "--built")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Devices tested: none but RPC")
+
+
+def test_the_devices_that_were_tested_are_named(checkout: Path) -> None:
+    """With a Python that finds two devices, and writes down the tests that it is to run."""
+    python = checkout / ".venv-device/bin/python"
+    found = (
+        "Device(name='CUDA0', description='a card', free=1)",
+        "Device(name='Vulkan1', description='an, other', free=2)",
+    )
+    (checkout / "found").write_text("\n".join(found) + "\n")
+    executable(python, f'[ "$1" = -c ] && cat {checkout}/found || echo "$@" >{checkout}/asked')
+    done = device_tests(checkout, "--built", "-x")
+    assert done.stdout.endswith("Devices tested: RPC over this machine's CPU, CUDA0 (a card), Vulkan1 (an, other).\n")
+    asked = (checkout / "asked").read_text()
+    assert "-k CUDA0 or Vulkan1 or rpc" in asked
+    assert asked.endswith("-x\n")

@@ -22,6 +22,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 N_BATCH = 512
 EvalCallback = Any
 """A function of the C type `llama.ggml_backend_sched_eval_callback`."""
+_ALL_LAYERS = 1 << 16
 _NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
 _SILENT = llama.llama_log_callback(lambda _level, _text, _data: None)
 FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ2_M": 29, "IQ3_XXS": 23, "IQ4_XS": 30}
@@ -34,12 +35,16 @@ class QuantizerError(SlimoeError):
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppConfig:
-    """How llama.cpp loads a model; `extra_buffers` is its `--no-repack` the other way round."""
+    """How llama.cpp loads a model; `extra_buffers` is its `--no-repack` the other way round.
+
+    `device` is ggml's address of the device that has the whole model; with None the CPU computes, whatever there is.
+    """
 
     model: Path
     n_ctx: int
     n_threads: int
     extra_buffers: bool = True
+    device: int | None = None
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes' own
@@ -61,7 +66,10 @@ class LlamaCpp:
 
         model_params = llama.llama_model_default_params()
         model_params.use_extra_bufts = config.extra_buffers
-        model_params.n_gpu_layers = 0
+        # Without a list llama.cpp takes every GPU, for large batches even where no layer is there.
+        devices = (ctypes.c_void_p * 2)(config.device, None)
+        model_params.devices = ctypes.addressof(devices)
+        model_params.n_gpu_layers = 0 if config.device is None else _ALL_LAYERS
         self._model = llama.llama_model_load_from_file(str(config.model).encode(), model_params)
         if not self._model:
             raise ModelFileError(config.model, "llama.cpp cannot load this file.", "Compare on a stock GGUF file.")

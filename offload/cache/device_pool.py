@@ -1,7 +1,7 @@
 """Slots for experts on a device: stacks of equal matrices, filled over the link.
 
 A stack is what `mul_mat_id` takes, so an expert is chosen by the number of its slot, and a device's graphs never
-change.
+change. Devices take stacks up to a size only: where the slots of a class are more, layers have theirs in several banks.
 """
 
 import itertools
@@ -24,6 +24,15 @@ _ALIGNMENT = 256
 def device_slot_bytes(slot_class: SlotClass) -> int:
     """Device memory of one expert."""
     return sum(matrix_bytes(kind, ne) for kind, ne in slot_class)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bank:
+    """`n_slots` slots of one class on a device, those for experts that pass through included, for those of `layers`."""
+
+    slot_class: SlotClass
+    layers: tuple[int, ...]
+    n_slots: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,5 +119,5 @@ class SlotPool:
             self._ctx = 0
 
 
-Pools = Mapping[SlotClass, SlotPool]
+Pools = Mapping[Bank, SlotPool]
 """A device's pools."""

@@ -9,13 +9,13 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.device_pool import DeviceSlots, Pools, SlotPool
+from slimoe.offload.cache.device_pool import Bank, DeviceSlots, Pools, SlotPool
 from slimoe.offload.cache.host_slots import Addresses
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens, pairs_of
 from slimoe.offload.cache.swap import SlotExchange
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
-from slimoe.offload.model.experts import ExpertCopy, SlotClass
+from slimoe.offload.model.experts import ExpertCopy
 
 _ROUNDS = 3
 _MANY = 64
@@ -101,12 +101,19 @@ class DeviceExperts:
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy], slots: DeviceSlots) -> None:
         self.pools, self._graphs, self.copies, self._slots = pools, graphs, copies, slots
         self._layers = sorted({layer for layer, _ in copies})
-        numbers = {slot_class: number for number, slot_class in enumerate(pools)}
-        self._classes = np.full(slots.numbers.shape, -1, np.int32)
-        for key, copy in copies.items():
-            self._classes[key] = numbers.get(copy.slot_class, -1)
+        banks = {(layer, bank.slot_class): (number, bank) for number, bank in enumerate(pools) for layer in bank.layers}
+        self._banks = {
+            key: banks[key[0], copy.slot_class][1] for key, copy in copies.items() if (key[0], copy.slot_class) in banks
+        }
+        self._numbers = np.full(slots.numbers.shape, -1, np.int32)
+        for key, bank in self._banks.items():
+            self._numbers[key] = banks[key[0], bank.slot_class][0]
         self._numbered = {
-            layer: [(number, kind) for kind, number in numbers.items() if (self._classes[layer] == number).any()]
+            layer: [
+                numbered
+                for (at, _), numbered in banks.items()
+                if at == layer and (self._numbers[layer] == numbered[0]).any()
+            ]
             for layer in self._layers
         }
         self.times: LinkTimes | None = None
@@ -147,11 +154,11 @@ class DeviceExperts:
 
         `is_token` says that they are a single token's, each another one.
         """
-        slots, numbers, works = self._slots.numbers[layer, experts], self._classes[layer, experts], []
-        for number, slot_class in self._numbered[layer]:
+        slots, numbers, works = self._slots.numbers[layer, experts], self._numbers[layer, experts], []
+        for number, bank in self._numbered[layer]:
             own = slice(None) if len(self._numbered[layer]) == 1 else np.flatnonzero(numbers == number)
             if len(slots[own]):
-                works.append(SlotWork(layer, slot_class, slots[own], experts[own], columns[own], is_token))
+                works.append(SlotWork(layer, bank, slots[own], experts[own], columns[own], is_token))
         self._graphs.begin(works, n_rows)
         self.hits += len(columns)
 
@@ -160,18 +167,17 @@ class DeviceExperts:
         self._graphs.write(columns, rows)
 
     def _pool(self, key: Key) -> SlotPool:
-        return self.pools[self.copies[key].slot_class]
+        return self.pools[self._banks[key]]
 
     # --- what lies where ------------------------------------------------------------------------------------
 
     def has_room(self, key: Key) -> bool:
         """Whether an expert finds a slot without another's leaving."""
-        return self.kind_of(key) is not None and self._pool(key).n_free > 0
+        return key in self._banks and self._pool(key).n_free > 0
 
-    def kind_of(self, key: Key) -> SlotClass | None:
-        """The class of slots that an expert fits, None if there are none of it here."""
-        copy = self.copies.get(key)
-        return copy.slot_class if copy is not None and copy.slot_class in self.pools else None
+    def bank_of(self, key: Key) -> Bank | None:
+        """The bank whose slots an expert fits, None if there is none of it here."""
+        return self._banks.get(key)
 
     def put(self, key: Key, addresses: Addresses, victim: Key | None = None) -> None:
         """Copies an expert from host memory into a free slot, or into its victim's."""
@@ -196,8 +202,8 @@ class DeviceExperts:
 
         Does no more of them as soon as it `is_given_up`.
         """
-        for slot_class, same in groupby(work, lambda one: one[0].copy.slot_class):
-            pool, left = self.pools[slot_class], list(same)
+        for bank, same in groupby(work, lambda one: self._banks[one[0].key]):
+            pool, left = self.pools[bank], list(same)
             while left:
                 together, left = left[: pool.n_passing], left[pool.n_passing :]
                 slots = []
@@ -209,19 +215,19 @@ class DeviceExperts:
                     self.bytes_uploaded += one.copy.n_bytes
                     self.n_streamed += 1
                 pairs = pairs_of([one for one, _ in together], slots)
-                self._graphs.begin([SlotWork(together[0][0].key[0], slot_class, *pairs)], n_rows)
+                self._graphs.begin([SlotWork(together[0][0].key[0], bank, *pairs)], n_rows)
 
     # --- measuring ------------------------------------------------------------------------------------------
 
-    def copy_passing(self, addresses: Addresses, slot_class: SlotClass) -> None:
-        """Copies an expert of a class over, to a slot for passing through: several times, and it is in all of them."""
-        pool = self.pools[slot_class]
+    def copy_passing(self, addresses: Addresses, bank: Bank) -> None:
+        """Copies an expert of a bank over, to a slot for passing through: several times, and it is in all of them."""
+        pool = self.pools[bank]
         pool.write(pool.next_passing(), addresses)
 
-    def run_passing(self, slot_class: SlotClass, n_tokens: int) -> None:
+    def run_passing(self, bank: Bank, n_tokens: int) -> None:
         """Begins to compute an expert that `copy_passing` left, but for biases, for `n_tokens` tokens."""
-        slots, columns = np.full(n_tokens, self.pools[slot_class].next_passing()), np.arange(n_tokens)
-        self._graphs.begin([SlotWork(-1, slot_class, slots, np.zeros_like(slots), columns)], n_tokens)
+        slots, columns = np.full(n_tokens, self.pools[bank].next_passing()), np.arange(n_tokens)
+        self._graphs.begin([SlotWork(-1, bank, slots, np.zeros_like(slots), columns)], n_tokens)
 
     def close(self) -> None:
         """Frees graphs and slots."""

@@ -1,4 +1,4 @@
-"""Computes selected experts that lie in a device's slots, all those of one class in one graph.
+"""Computes selected experts that lie in a device's slots, all those of one bank in one graph.
 
 What says which they are goes to the device in one piece. The pairs of several tokens are rows of their own with a
 single id each, so that no token ever repeats one, and every id is the number of a slot that is filled.
@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.device_pool import Pools
+from slimoe.offload.cache.device_pool import Bank, Pools
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.experts.pair_graph import PairBuilder, PairInputs, add_input
 from slimoe.offload.ggml import ops as ggml
@@ -23,7 +23,6 @@ from slimoe.offload.graph.expert_ffn import layer_extras
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.weights import LayerWeights
 from slimoe.offload.model.architecture import Architecture
-from slimoe.offload.model.experts import SlotClass
 
 _MAX_GRAPHS = 32
 _N_NODES = 72
@@ -33,14 +32,14 @@ _ALIGNED = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotWork:
-    """Pairs of one class and `layer`: their `slots`, `experts` (numbers within the layer) and `columns` (token *
+    """Pairs of one bank and `layer`: their `slots`, `experts` (numbers within the layer) and `columns` (token *
     n_expert_used + rank), all integers [n].
 
     `is_token` says that they are pairs of a single token, each with an expert of its own.
     """
 
     layer: int
-    slot_class: SlotClass
+    bank: Bank
     slots: NDArray[np.integer[Any]]
     experts: NDArray[np.integer[Any]]
     columns: NDArray[np.integer[Any]]
@@ -51,7 +50,7 @@ class SlotWork:
 class _Pairs:
     """The shape of a graph over slots; `layer` is -1 where no layer's vectors are needed."""
 
-    slot_class: SlotClass
+    bank: Bank
     n_pairs: int
     n_tokens: int
     layer: int
@@ -96,8 +95,8 @@ class SlotGraphs:
         n_tokens, n_used = exchange.shape.n_tokens, exchange.shape.n_used
         try:
             self._graphs.reserve(_Rows(n_tokens * n_used))
-            for slot_class, layer in product(pools, [*self._vectors][:1] or [-1]):
-                self._graphs.reserve(_Pairs(slot_class, n_tokens * n_used, n_tokens, layer, is_token=False))
+            for bank, layer in product(pools, [*self._vectors][:1] or [-1]):
+                self._graphs.reserve(_Pairs(bank, n_tokens * n_used, n_tokens, layer, is_token=False))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
@@ -113,9 +112,9 @@ class SlotGraphs:
         n_used = self._exchange.shape.n_used
         for work in works:
             assert work.slots.size
-            assert 0 <= work.slots.min() <= work.slots.max() < self.pools[work.slot_class].n_slots
+            assert 0 <= work.slots.min() <= work.slots.max() < self.pools[work.bank].n_slots
             layer = work.layer if work.layer in self._vectors else -1
-            prepared = self._graphs.get(_Pairs(work.slot_class, len(work.slots), n_tokens, layer, work.is_token))
+            prepared = self._graphs.get(_Pairs(work.bank, len(work.slots), n_tokens, layer, work.is_token))
             parts = [work.slots, work.columns]
             if not work.is_token:
                 parts.append(work.columns // n_used)
@@ -166,7 +165,7 @@ class SlotGraphs:
         slots, columns, *others = (int(ggml.ggml_view_1d(ctx, numbers, shape.n_pairs, begin)) for begin in begins)
         tokens = 0 if shape.is_token else others.pop(0)
         inputs = PairInputs(slots, columns, tokens, *others)
-        PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(self.pools[shape.slot_class].stacks, inputs, extras)
+        PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(self.pools[shape.bank].stacks, inputs, extras)
         return _Prepared(graph, numbers)
 
     def close(self) -> None:

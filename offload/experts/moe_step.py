@@ -196,7 +196,7 @@ class MoEStep:
         here = [
             one
             for one in group_by_expert(index, layer, hosts, copies)
-            if not one.copy_index and device.kind_of(one.key) is not None and self._host_experts.has(one.key)
+            if not one.copy_index and device.bank_of(one.key) is not None and self._host_experts.has(one.key)
         ]
         n_device = np.unique(there, return_counts=True)[1].tolist()
         # What is streamed keeps its slot, and the host needs one for the others.

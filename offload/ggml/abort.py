@@ -1,9 +1,12 @@
 """ggml's way to give up is to end the process. Where a device is why, this says so first, in a person's words.
 
 Sources: `ggml_abort` of ggml.c; ggml-rpc.cpp, which gives up when its server does; the GPU backends, which do so when
-their driver reports an error, lack of memory in the middle of a graph among them. All of ggml 0.25.3.
+their driver reports an error, lack of memory in the middle of a graph among them. Those for Vulkan and SYCL let the
+exceptions of their API's C++ bindings through, such as vk::DeviceLostError, which end the process as well, by
+`std::terminate`. All of ggml 0.25.3.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -18,6 +21,10 @@ from slimoe.offload.printable import printable
 
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _BACKENDS = re.compile(r"\bggml-(cuda|hip|musa|metal|vulkan|sycl|opencl|cann|webgpu)\b")
+_THROWN = re.compile(r"N(?:2vk|4sycl)")
+"""How the mangled names of exceptions begin that Vulkan's and SYCL's C++ bindings throw."""
+_TERMINATED = ctypes.CFUNCTYPE(None)
+_CPP = {"darwin": "libc++abi.dylib"}
 _kept: list[Any] = []
 """ggml holds pointers to these."""
 
@@ -43,6 +50,42 @@ def on_device_abort(rpc: Sequence[str], end: Callable[[DeviceError], None]) -> N
 
     _kept.append(_CALLBACK(called))
     ggml_set_abort_callback(_kept[-1])
+    _on_device_exception(end)
+
+
+def _on_device_exception(end: Callable[[DeviceError], None]) -> None:
+    """Has `end` called when an exception of a device's API ends the process; without a known C++ library nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(_CPP.get(sys.platform, "libstdc++.so.6"))
+        set_terminate, current_type = library["_ZSt13set_terminatePFvvE"], library["__cxa_current_exception_type"]
+        set_terminate.restype = current_type.restype = ctypes.c_void_p
+        set_terminate.argtypes = (ctypes.c_void_p,)
+
+        def terminated() -> None:
+            thrown = current_type()
+            # A std::type_info is a pointer to its functions, then one to its name.
+            name = ctypes.c_char_p.from_address(thrown + ctypes.sizeof(ctypes.c_void_p)).value if thrown else None
+            error = thrown_error((name or b"").decode("utf-8", "replace"))
+            if error is not None:
+                end(error)
+            _TERMINATED(before)()
+
+        _kept.append(_TERMINATED(terminated))
+        before = set_terminate(ctypes.cast(_kept[-1], ctypes.c_void_p))
+
+
+def thrown_error(name: str) -> DeviceError | None:
+    """The error that an exception of this type means, by its mangled name; None if it is not about a device."""
+    if not _THROWN.match(name):
+        return None
+    parts, rest = [], name[1:]
+    while length := re.match(r"\d+", rest):
+        begin = length.end()
+        parts.append(rest[begin : begin + int(length[0])])
+        rest = rest[begin + int(length[0]) :]
+    return DeviceError(
+        f"The device failed ({'::'.join(parts)}). What its driver said is above; lower --vram, or try --device none."
+    )
 
 
 def device_error(message: str, rpc: Sequence[str]) -> DeviceError | None:

@@ -1,29 +1,26 @@
 """Plans what devices hold: which layers, and how many of their experts."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType
 
-from slimoe.offload.cache.device_pool import device_slot_bytes
+from slimoe.offload.cache.device_pool import Bank, device_slot_bytes
 from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
-from slimoe.offload.errors import DoesNotFitError
-from slimoe.offload.ggml import device as ggml_device
-from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.graph.expert_ffn import add_expert_ffn, layer_extras
 from slimoe.offload.graph.kv_cache import kv_bytes
-from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
-from slimoe.offload.model.regrouped import without_experts
+from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
+from slimoe.offload.plan.device_support import is_layer_computed, most_stacked, not_computed
 from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
 N_PASSING = 2
 """Slots of each class for experts that are copied for one step: so many are computed in one graph."""
-_N_NODES = 16
 _GRAPH_BYTES = 8 << 20
 """A device's copies of graphs and the like."""
 
@@ -32,9 +29,8 @@ _GRAPH_BYTES = 8 << 20
 class DevicePlan:
     """Bytes on one device, within `budget`, for the consecutive `layers` that are computed there.
 
-    With `is_whole` the device has all experts of its layers, and its graphs are not cut at routers. Otherwise `n_slots`
-    is the number of slots of each class, those for experts that pass through included; there are none for the classes
-    that are `left_to_host`, since the device does not compute them.
+    With `is_whole` the device has all experts of its layers, and its graphs are not cut at routers. Otherwise `banks`
+    has its slots; there are none for the classes that are `left_to_host`, since the device does not compute them.
     """
 
     device: Device
@@ -44,7 +40,7 @@ class DevicePlan:
     weights: int
     kv: int
     compute: int
-    n_slots: tuple[tuple[SlotClass, int], ...] = ()
+    banks: tuple[Bank, ...] = ()
     left_to_host: tuple[SlotClass, ...] = ()
 
     @property
@@ -61,7 +57,15 @@ class DevicePlan:
     @property
     def slots(self) -> int:
         """Bytes of all slots."""
-        return sum(n * device_slot_bytes(kind) for kind, n in self.n_slots)
+        return sum(bank.n_slots * device_slot_bytes(bank.slot_class) for bank in self.banks)
+
+    @property
+    def n_own(self) -> Mapping[SlotClass, int]:
+        """The slots of each class for experts that stay there."""
+        slots: Counter[SlotClass] = Counter()
+        for bank in self.banks:
+            slots[bank.slot_class] += bank.n_slots - N_PASSING
+        return slots
 
     @property
     def required(self) -> int:
@@ -92,8 +96,16 @@ Budgeted = Sequence[tuple[Device, int]]
 
 
 def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[DevicePlan, ...], tuple[str, ...]]:
-    """Plans for the devices whose budgets suffice, and notes about those that were left out, the smallest first."""
-    left, notes = list(devices), list[str]()
+    """Plans for the devices whose budgets suffice, and notes about those that were left out, the smallest first.
+
+    Also left out are those that do not compute a matrix of the model that is no expert's.
+    """
+    left, notes = list[tuple[Device, int]](), list[str]()
+    for device, budget in devices:
+        if lack := not_computed(device, needs.sources):
+            notes.append(f"Without {device.name}: {lack}")
+        else:
+            left.append((device, budget))
     while left:
         try:
             return plan_devices(needs, left), tuple(notes)
@@ -107,8 +119,12 @@ def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[De
 def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...]:
     """Plans for devices, each with its budget in bytes, in proportion to which they get layers.
 
-    Raises DoesNotFitError for a budget that does not even hold what a device needs without experts of its own.
+    Raises DoesNotFitError for a budget that does not even hold what a device needs without experts of its own, and
+    DeviceError for a device that does not compute a matrix of the model that is no expert's.
     """
+    for device, _ in devices:
+        if lack := not_computed(device, needs.sources):
+            raise DeviceError(f"{lack} Use --device none or another device, or a file of other types.")
     used = [(device, budget) for device, budget in devices if budget > 0]
     plans, begin = [], 0
     total = sum(budget for _, budget in used)
@@ -130,10 +146,16 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
     every = slot_classes(needs.experts[layer] for layer in layers)
-    classes = {kind: n for kind, n in every.items() if _computes(device, spec.architecture, kind)}
+    most = {kind: most_stacked(device, spec.architecture, kind, n + N_PASSING) for kind, n in every.items()}
+    classes = {kind: n for kind, n in every.items() if most[kind] > N_PASSING}
     left = tuple(kind for kind in every if kind not in classes)
-    is_stacked = needs.may_be_whole and all(needs.sources.layers[layer].is_stacked for layer in layers)
-    if (not every or (is_stacked and not left)) and plan.required <= budget:
+    own = [needs.sources.layers[layer] for layer in layers]
+    may_be_whole = needs.may_be_whole and all(layer.is_stacked for layer in own) and not left
+    may_be_whole = may_be_whole and all(
+        is_layer_computed(device, spec.architecture, layer)
+        for layer in join_layers(replace(needs.sources, layers=tuple(own))).layers
+    )
+    if (not every or may_be_whole) and plan.required <= budget:
         return plan
     if every:
         weights = _weights(without_experts(needs.sources), layers, is_last)
@@ -150,26 +172,24 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
             device=device.name,
             hint="Or use --device none.",
         )
-    most = {kind: n + N_PASSING for kind, n in classes.items()}
-    slots = divide_slots(most, least, budget - plan.required, device_slot_bytes)
-    return replace(plan, n_slots=tuple(slots.items()))
+    wanted = {kind: n + N_PASSING for kind, n in classes.items()}
+    slots = divide_slots(wanted, least, budget - plan.required, device_slot_bytes)
+    return replace(plan, banks=tuple(_banks(needs, layers, slots, most)))
 
 
-def _computes(device: Device, architecture: Architecture, slot_class: SlotClass) -> bool:
-    """Whether a device computes experts of a class; an RPC device says so of all."""
-    n_bytes = _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
-    ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
-    try:
-        graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
-        *gate_up, down = (ggml.ggml_new_tensor_3d(ctx, kind, ne[0], ne[1], 1) for kind, ne in slot_class)
-        rows = ggml.ggml_new_tensor_3d(ctx, GGMLQuantizationType.F32, ggml.tensor_at(gate_up[0]).ne[0], 1, 1)
-        ids = ggml.ggml_new_tensor_2d(ctx, GGMLQuantizationType.I32, 1, 1)
-        outputs = add_expert_ffn(ctx, gate_up, down, rows, ids, layer_extras(ctx, architecture, None))
-        ggml.ggml_build_forward_expand(graph, outputs)
-        nodes = (ggml.ggml_graph_node(graph, index) for index in range(ggml.ggml_graph_n_nodes(graph)))
-        return all(ggml_device.ggml_backend_dev_supports_op(device.handle, node) for node in nodes)
-    finally:
-        ggml.ggml_free(ctx)
+def _banks(
+    needs: DeviceNeeds, layers: tuple[int, ...], slots: Mapping[SlotClass, int], most: Mapping[SlotClass, int]
+) -> Iterator[Bank]:
+    """Divides the slots of each class among as few banks as have no more slots than `most`, by consecutive layers."""
+    counts = {layer: slot_classes([needs.experts[layer]]) for layer in layers}
+    for kind, n_slots in slots.items():
+        users = [layer for layer in layers if counts[layer][kind]]
+        n_banks = min(len(users), -(-n_slots // most[kind]))
+        n_own, n_all = n_slots - n_banks * N_PASSING, sum(counts[layer][kind] for layer in users)
+        for number in range(n_banks):
+            group = users[len(users) * number // n_banks : len(users) * (number + 1) // n_banks]
+            share = max(1, n_own * sum(counts[layer][kind] for layer in group) // n_all)
+            yield Bank(kind, tuple(group), min(share + N_PASSING, most[kind]))
 
 
 def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> int:

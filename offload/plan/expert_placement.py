@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.machine.cost_model import expected_uses
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
-from slimoe.offload.plan.device_plan import N_PASSING
 from slimoe.offload.plan.engine_plan import EnginePlan
 
 _EIGHT_EXPERTS, _DOUBLING = 1.7, 0.2
@@ -73,7 +72,7 @@ def expert_placement(plan: EnginePlan) -> ExpertPlacement:
     on_devices = []
     for device in plan.devices:
         own = [key for key in best if key[0] in device.layers]
-        free = {kind: n - N_PASSING for kind, n in device.n_slots}
+        free = dict(device.n_own)
         on_devices.append(set(own) if device.is_whole else _fill(plan, own, free))
     gone = {key for own in on_devices for key in own}
     left = [key for key in best if key not in gone]

@@ -12,7 +12,6 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceFullError, DoesNotFitError, LostModelError, ModelFileError, UsageError
-from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
@@ -20,6 +19,7 @@ from tests.models.configs import engine_config
 from tests.models.conversation import TOKENS
 from tests.models.gguf_content import write_content
 from tests.models.tier_models import WIDE, content_of
+from tests.offload.devices import Devices
 
 MiB = 1 << 20
 
@@ -247,11 +247,9 @@ def test_a_file_that_is_gone_is_told_before_anything_changes(model: Path, tmp_pa
         assert len(answers(engine)) == 3
 
 
-def test_layers_move_between_devices_and_host(model: Path, endpoints: tuple[str, str]) -> None:
+def test_layers_move_between_devices_and_host(model: Path, two_devices: Devices) -> None:
     """With their part of the KV cache, in the middle of answers; RPC devices over the CPU compute what the CPU does."""
-    lent = available_devices(endpoints)[-2:]
-    named = {"device": ",".join(device.name for device in lent), "rpc": endpoints}
-    on_devices = config(model, **named, vram=("100MiB", "100MiB"))
+    on_devices = config(model, **two_devices.settings, vram=("100MiB", "100MiB"))
     with closing(Engine.open(config(model))) as engine:
         expected = answers(engine)
     with closing(Engine.open(on_devices)) as engine:
@@ -272,5 +270,6 @@ def test_layers_move_between_devices_and_host(model: Path, endpoints: tuple[str,
             engine.rebudget("100%", ("1MiB",))
         assert "--vram" in str(refusal.value)
         assert engine.config.devices.vram == ("40MiB",)
-    assert told == expected
+    assert told == expected or not two_devices.is_exact
+    assert told.keys() == expected.keys()
     assert shares == [[2, 2], [3, 1], [4], [2, 2]]

@@ -1,6 +1,5 @@
 """The engine runs whatever the writer writes, under any budget, and llama.cpp what is stock."""
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.write.writer import write_planned
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
-from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.graph.kv_cache import kv_bytes
 from slimoe.offload.model.spec import ModelSpec
@@ -35,6 +33,7 @@ from tests.models.held_model import hold, random_mixtral
 from tests.models.native_files import set_array
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
+from tests.offload.devices import Devices
 
 TOKENS = random_tokens(24, 500)
 FOUR_LAYERS = TinyConfig(n_layer=4, n_embd=128, n_ff=96, n_head=2, n_head_kv=1, n_expert=5, n_expert_used=2)
@@ -149,22 +148,18 @@ def test_layers_without_attention(tmp_path: Path, source: ModelSource, which: st
 @pytest.mark.parametrize("which", CUTS)
 @pytest.mark.parametrize("on_device", [0.0, 2.0])
 def test_layers_without_attention_on_two_devices(
-    tmp_path: Path, source: ModelSource, endpoints: tuple[str, str], which: str, on_device: float
+    tmp_path: Path, source: ModelSource, moe_gguf: Path, two_devices: Devices, which: str, on_device: float
 ) -> None:
     """Each device begins, and the last one ends, with a layer of either kind."""
     path = write_planned(source, cut_plan(source, which), tmp_path / "m.gguf").path
     with closing(resident_engine(config(path, kv_type="f16"))) as engine:
         expected = conversation(engine), engine.read(TOKENS[:9], 7).copy()
-    case = config(path, kv_type="f16", device=device_names(endpoints), rpc=endpoints)
+    case = config(path, kv_type="f16", **two_devices.settings)
     with closing(device_engine(case, on_device)) as engine:
         assert [device.layers for device in engine.plan.devices] == [(0, 1), (2, 3)]
-        np.testing.assert_array_equal(conversation(engine), expected[0])
+        two_devices.check(conversation(engine), expected[0], moe_gguf)
         # Most rows of a batch, which overlap with where they are handed out.
-        np.testing.assert_array_equal(engine.read(TOKENS[:9], 7), expected[1])
-
-
-def device_names(endpoints: Sequence[str]) -> str:
-    return ",".join(device.name for device in available_devices(endpoints)[-len(endpoints) :])
+        two_devices.check(engine.read(TOKENS[:9], 7), expected[1], moe_gguf)
 
 
 def test_layers_without_attention_need_no_cache(tmp_path: Path, source: ModelSource) -> None:

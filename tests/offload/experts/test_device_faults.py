@@ -18,7 +18,7 @@ from bench.baselines.rpc_server import ROOT, RpcServer, rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DeviceFullError
 from slimoe.offload.ggml import device as ggml_device
-from slimoe.offload.ggml.abort import device_error
+from slimoe.offload.ggml.abort import device_error, thrown_error
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
@@ -27,6 +27,7 @@ from slimoe.server.process.request_handle import EngineFailure
 from tests.models.configs import engine_config
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+from tests.offload.devices import Devices
 from tests.offload.experts.full_device import none_allocated
 
 LOST = "/src/ggml-rpc/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
@@ -79,6 +80,65 @@ def test_ggml_may_still_give_up_for_its_own_reasons() -> None:
     assert done.returncode == -6
     assert done.stderr == "some.c:7: some reason\n"
     assert done.stdout == ""
+
+
+# --- a driver that throws ----------------------------------------------------------------------------------
+
+LOSE = """
+#include <system_error>
+namespace vk { struct DeviceLostError : std::system_error { using std::system_error::system_error; }; }
+extern "C" void lose() { throw vk::DeviceLostError(std::make_error_code(std::errc::io_error), "lost"); }
+extern "C" void other() { throw std::system_error(std::make_error_code(std::errc::io_error), "other"); }
+"""
+"""What Vulkan's C++ bindings throw, in whose place the class stands."""
+
+
+@pytest.fixture(scope="module")
+def throwing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("throwing")
+    (directory / "lose.cpp").write_text(LOSE)
+    library = directory / "lose.so"
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, directory / "lose.cpp"], check=True)
+    return library
+
+
+def run_throwing(library: Path, function: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command whose fourth graph on a device ends in an exception of the driver's."""
+    code = (
+        "import ctypes, resource, sys\n"
+        "from slimoe.offload.ggml import device\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "fail, begin, calls = ctypes.CDLL(sys.argv[1])[sys.argv[2]], device.ggml_backend_graph_compute_async, []\n"
+        "def compute(*args):\n"
+        "    calls.append(args)\n"
+        "    return fail() if len(calls) == 4 else begin(*args)\n"
+        "device.ggml_backend_graph_compute_async = compute\n"
+        "sys.argv = ['slimoe', *sys.argv[3:]]\n"
+        "from slimoe.server.cli import main\nmain()\n"
+    )
+    command = [sys.executable, "-c", code, str(library), function, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+
+
+def test_a_device_that_is_lost_in_the_middle_of_an_answer(model: Path, one_device: Devices, throwing: Path) -> None:
+    names = one_device.names if one_device.endpoints == () else ("RPC0",)  # another process counts anew
+    where = ["--device", *names, *(word for one in one_device.endpoints for word in ("--rpc", one))]
+    words = ["run", str(model), "--prompt-ids", "5", "-n", "9", "--ctx", "64", "--threads", "1", *where]
+    done = run_throwing(throwing, "lose", *words)
+    assert done.returncode == DeviceError.exit_code, done.stderr
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("slimoe: The device failed (vk::DeviceLostError).")
+    assert "Traceback" not in done.stderr
+    done = run_throwing(throwing, "other", *words)
+    assert done.returncode == -6
+    assert "std::system_error" in done.stderr
+
+
+def test_exceptions_of_drivers_by_their_names() -> None:
+    assert "(vk::OutOfDeviceMemoryError)" in str(thrown_error("N2vk22OutOfDeviceMemoryErrorE"))
+    assert "(sycl::_V1::exception)" in str(thrown_error("N4sycl3_V19exceptionE"))
+    assert thrown_error("St12out_of_range") is None
+    assert thrown_error("") is None
 
 
 # --- an RPC server that ends -------------------------------------------------------------------------------

@@ -2,33 +2,34 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp.llama_cpp as llama
-import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from slimoe.offload.errors import DeviceError
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.device_backend import DeviceBackend
-from slimoe.offload.ggml.devices import available_devices
-from slimoe.offload.plan.engine_config import EngineConfig
-from tests.models.configs import engine_config, reconfigured
+from slimoe.offload.ggml.devices import choose_devices
+from slimoe.offload.model.architectures import ARCHITECTURES
+from slimoe.offload.model.experts import SlotClass
+from slimoe.offload.plan.device_support import most_stacked
+from slimoe.offload.plan.engine_plan import plan_engine
+from slimoe.offload.plan.machine import this_machine
+from tests.models.configs import reconfigured
 from tests.models.conversation import TOKENS, conversation
-from tests.models.tier_models import mixed_model
+from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, resident_engine
 from tests.models.tiny_gguf import FineShape, write_family
+from tests.offload.devices import Devices, lent
 
 SHAPE = FineShape(n_expert=16, n_expert_used=4, n_embd=128)
 Product = tuple[int, int]
 """The number of inputs of an expert's matrix, and what the kernel is asked to make of them at most."""
-
-
-def config(path: Path, endpoint: str) -> EngineConfig:
-    lent = available_devices([endpoint])[-1]
-    return engine_config(path, n_ctx=256, n_batch=32, n_threads=1, device=lent.name, rpc=(endpoint,))
 
 
 def product_of(node: int) -> Product | None:
@@ -69,7 +70,7 @@ def test_kernels_are_asked_for_the_inputs_that_llama_cpp_asks_them_for(
             compute(backend, graph)
 
         monkeypatch.setattr(DeviceBackend, method, watched)
-    with closing(device_engine(config(path, endpoints[0]), on_device)) as engine:
+    with closing(device_engine(lent(endpoints[0]).config(path), on_device)) as engine:
         engine.prefill(TOKENS[:4])
         engine.decode(TOKENS[4])
     assert found == asked
@@ -93,33 +94,97 @@ def says_no(monkeypatch: pytest.MonkeyPatch, kind: Type | None) -> None:
 
 @pytest.mark.parametrize("on_device", [0.3, 2.0])
 def test_experts_whose_inputs_a_device_would_round_stay_on_the_host(
-    tmp_path: Path, endpoints: tuple[str, ...], on_device: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_device: Devices, on_device: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_family(tmp_path / "m.gguf", "mistral4", Type.Q8_0, SHAPE)
-    case = config(path, endpoints[0])
+    case = one_device.config(path)
     with closing(resident_engine(reconfigured(case, rpc=()))) as engine:
         expected = conversation(engine)
-    says_no(monkeypatch, None)
+    if one_device.is_exact:
+        says_no(monkeypatch, None)  # what GPUs say by themselves
     with closing(device_engine(case, on_device, 0.5)) as engine:
         (note,) = (note for note in engine.notes if "does not multiply with experts of Q8_0" in note)
         assert note.endswith("the CPU computes them.")
-        np.testing.assert_array_equal(conversation(engine), expected)
+        one_device.check(conversation(engine), expected, case.model)
         counters = engine.counters()
     assert counters["device_hits"] == counters["bytes_uploaded"] == 0
     assert counters["hits"] > 0
 
 
 def test_experts_of_a_type_that_a_device_does_not_compute_stay_on_the_host(
-    tmp_path: Path, endpoints: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_device: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = config(mixed_model(tmp_path), endpoints[0])
+    case = one_device.config(mixed_model(tmp_path))
     with closing(resident_engine(reconfigured(case, rpc=()))) as engine:
         expected = conversation(engine)
     says_no(monkeypatch, Type.Q6_K)
     with closing(device_engine(case, 2.0, 0.5)) as engine:
         (plan,) = engine.plan.devices
-        assert [[kind.name for kind, _ in slot_class] for slot_class, _ in plan.n_slots] == [["Q4_K", "Q5_K", "Q4_K"]]
+        assert [[kind.name for kind, _ in bank.slot_class] for bank in plan.banks] == [["Q4_K", "Q5_K", "Q4_K"]]
         (note,) = (note for note in engine.notes if "does not multiply with experts" in note)
         assert "experts of Q4_K, Q6_K as" in note
-        np.testing.assert_array_equal(conversation(engine), expected)
+        one_device.check(conversation(engine), expected, case.model)
         assert engine.counters()["device_hits"] > 0
+
+
+# --- what a device does not hold in one piece ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_device", [0.4, 2.0])
+def test_slots_lie_in_several_banks_where_one_stack_would_be_too_large(
+    tmp_path: Path, one_device: Devices, on_device: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = one_device.config(plain_model(tmp_path))
+    with closing(resident_engine(reconfigured(case, rpc=()))) as engine:
+        expected = conversation(engine)
+    n_bytes = 128 * 96 * 4  # of a matrix of an expert
+    monkeypatch.setattr(ggml_device, "ggml_backend_buft_get_max_size", lambda buft: 8192 + 7 * n_bytes)
+    with closing(device_engine(case, on_device, 0.5)) as engine:
+        (plan,), (device,) = engine.plan.devices, engine.device_experts
+        assert not plan.is_whole
+        assert sorted(layer for bank in plan.banks for layer in bank.layers) == [0, 1, 2, 3]
+        assert len(plan.banks) == (2 if on_device < 1 else 4)
+        assert all(bank.n_slots <= 7 for bank in plan.banks)
+        one_device.check(conversation(engine), expected, case.model)
+        assert engine.counters()["device_hits"] > 0
+        for layer, expert in device:
+            bank = device.bank_of((layer, expert))
+            assert bank is not None
+            assert layer in bank.layers
+            assert device.slot((layer, expert)) < bank.n_slots
+
+
+def test_the_largest_stack_is_the_driver_s_answer(one_device: Devices) -> None:
+    """An RPC server binds whatever it gives memory for; a graphics API has a limit for both."""
+    (device,) = choose_devices(one_device.names[0], one_device.endpoints)
+    matrix = Type.F32, (4096, 2048)
+    kind = SlotClass.of(matrix, matrix, (Type.F32, (2048, 4096)))
+    wanted = 1 << 14
+    found = most_stacked(device, ARCHITECTURES["llama"], kind, wanted)
+    if one_device.is_exact:
+        assert found == wanted
+    else:
+        n_bytes = 4096 * 2048 * 4
+        with closing(DeviceBackend(device)) as backend:
+            assert n_bytes <= found * n_bytes < backend.max_buffer_bytes
+
+
+def test_a_device_that_lacks_a_dense_type_is_not_planned_with(
+    tmp_path: Path, one_device: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded: named it is an error, otherwise it is left out, and why is told."""
+    case = one_device.config(mixed_model(tmp_path))
+
+    def supports(device: int, node: int) -> bool:
+        is_product = ggml.ggml_op_desc(node) == b"MUL_MAT"
+        return not (is_product and ggml.tensor_at(ggml.tensor_at(node).src[0]).type == Type.Q6_K)
+
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_supports_op", supports)
+    with pytest.raises(DeviceError, match=r"does not multiply with output.weight \(Q6_K, .*Use --device none"):
+        plan_engine(reconfigured(case, vram=("1GiB",)))
+    (device,) = choose_devices(case.devices.device, case.devices.rpc)
+    machine = replace(this_machine(reconfigured(case, device="none", rpc=())), devices=(device,))
+    plan = plan_engine(reconfigured(case, device="auto"), machine)
+    assert not plan.devices
+    (note,) = plan.notes
+    assert note.startswith(f"Without {device.name}: ")

@@ -1,7 +1,7 @@
 """Layers, KV cache and hot experts on devices: what is computed where changes no bit.
 
 Runs on RPC devices over the CPU, whose kernels are the same, and on every GPU of the machine, whose kernels round
-otherwise.
+otherwise: there answers are as far from the CPU's as llama.cpp's are.
 """
 
 import sys
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from bench.baselines.stepping import kl_divergence
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.policy import POLICIES
 from slimoe.offload.cache.residency import Key
@@ -33,7 +32,7 @@ from slimoe.offload.ggml import ggml_rpc
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.ggml.device_backend import DeviceBackend
-from slimoe.offload.ggml.devices import available_devices, choose_devices
+from slimoe.offload.ggml.devices import choose_devices
 from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
@@ -43,50 +42,13 @@ from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+from tests.offload.devices import Devices, lent
 from tests.offload.experts.full_device import none_allocated
 
 Array = np.ndarray[Any, Any]
-LOCAL = [device.name for device in available_devices()]
 WHOLE = 2.0
-KL = 1e-4
 FREE_SWAPS = SwapRule(gain_seconds=1.0, cost_seconds=0.0, margin=1.0)
 NEVER, ALWAYS = 1e9, 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Devices by name, and the RPC servers that some of them are on. `is_exact`: their kernels are the CPU's."""
-
-    names: tuple[str, ...]
-    endpoints: tuple[str, ...]
-    is_exact: bool
-
-    def config(self, model: Path, **changed: Any) -> EngineConfig:
-        """An engine on these devices."""
-        own = {"device": ",".join(self.names), "rpc": self.endpoints}
-        return engine_config(model, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | own | changed)
-
-    def check(self, got: Array, expected: Array) -> None:
-        """Asserts that logits are those of the CPU."""
-        if self.is_exact:
-            np.testing.assert_array_equal(got, expected)
-        assert max(kl_divergence(*rows) for rows in zip(got, expected, strict=True)) < KL
-
-
-def lent(*endpoints: str) -> Where:
-    return Where(tuple(device.name for device in available_devices(endpoints)[len(LOCAL) :]), endpoints, True)
-
-
-@pytest.fixture(params=["rpc", *LOCAL])
-def where(request: pytest.FixtureRequest, endpoints: tuple[str, ...]) -> Where:
-    """One device."""
-    return lent(endpoints[0]) if request.param == "rpc" else Where((request.param,), (), False)
-
-
-@pytest.fixture
-def two(endpoints: tuple[str, ...]) -> Where:
-    """Two devices."""
-    return lent(*endpoints)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +58,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A file, and the resident engine's logits of the conversation."""
+    """A file, the resident engine's logits of the conversation, and a file of its sizes that llama.cpp reads."""
 
     path: Path
     expected: Array
+    stock: Path
 
 
 def on_the_cpu(path: Path) -> Model:
     with closing(resident_engine(engine_config(path, n_ctx=256, n_batch=32, n_threads=1))) as engine:
-        return Model(path, conversation(engine))
+        return Model(path, conversation(engine), path)
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +86,10 @@ def tied(directory: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def uneven(directory: Path) -> Model:
+def uneven(directory: Path, plain: Model) -> Model:
     path = uneven_model(directory)
     with closing(tiered_engine(engine_config(path, n_ctx=256, n_batch=32, n_threads=1), 1.0)) as engine:
-        return Model(path, conversation(engine))
+        return Model(path, conversation(engine), plain.path)
 
 
 @pytest.fixture(params=["plain", "mixed", "tied", "uneven"])
@@ -151,57 +114,57 @@ def set_times(engine: Engine, host_seconds: float) -> None:
 
 
 @pytest.mark.parametrize("in_memory", [0.0, 1.0], ids=["disk", "memory"])
-def test_every_room_gives_the_same_bits(where: Where, model: Model, in_memory: float) -> None:
+def test_every_room_gives_the_same_bits(one_device: Devices, model: Model, in_memory: float) -> None:
     policies = list(POLICIES)
     for number, on_device in enumerate((0.0, 0.4, 0.8, 1.0)):
-        case = where.config(model.path, policy=policies[(number + int(in_memory)) % len(policies)])
+        case = one_device.config(model.path, policy=policies[(number + int(in_memory)) % len(policies)])
         with closing(device_engine(case, on_device, in_memory)) as engine:
             assert not engine.plan.devices[0].is_whole
             set_rule(engine, FREE_SWAPS)
-            where.check(conversation(engine), model.expected)
+            one_device.check(conversation(engine), model.expected, model.stock)
             counters = engine.counters()
             assert counters["device_hits"] > 0
             n_read = counters["misses"] + counters["pending"]
             assert n_read > 0 if in_memory + on_device == 0 else n_read == 0 or in_memory + on_device < 1
 
 
-def test_with_room_for_all_nothing_is_cut(where: Where, model: Model, uneven: Model) -> None:
-    with closing(device_engine(where.config(model.path), WHOLE)) as engine:
+def test_with_room_for_all_nothing_is_cut(one_device: Devices, model: Model, uneven: Model) -> None:
+    with closing(device_engine(one_device.config(model.path), WHOLE)) as engine:
         assert engine.plan.devices[0].is_whole is (model is not uneven)
         assert (engine.plan.tiers is None) is (model is not uneven)
-        where.check(conversation(engine), model.expected)
+        one_device.check(conversation(engine), model.expected, model.stock)
 
 
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
-def test_two_devices_share_the_layers(two: Where, model: Model, policy: str) -> None:
-    case = two.config(model.path, policy=policy)
+def test_two_devices_share_the_layers(two_devices: Devices, model: Model, policy: str) -> None:
+    case = two_devices.config(model.path, policy=policy)
     with closing(device_engine(case, 0.2, 0.3)) as engine:
         layers = [layer for device in engine.plan.devices for layer in device.layers]
         assert len(engine.plan.devices) == 2
         assert layers == list(range(engine.spec.n_layer))
         set_rule(engine, FREE_SWAPS)
-        two.check(conversation(engine), model.expected)
+        two_devices.check(conversation(engine), model.expected, model.stock)
         assert all(device.hits for device in engine.device_experts)
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "q8_0"])
-def test_a_cut_device_before_a_whole_one(two: Where, directory: Path, kv_type: str) -> None:
+def test_a_cut_device_before_a_whole_one(two_devices: Devices, directory: Path, plain: Model, kv_type: str) -> None:
     """Of five layers the first device, with a little room, has experts of two in slots; the other needs no cut."""
     content = content_of(directory, replace(WIDE, n_layer=5, n_ff=64))
     layers = [plain_ffn(6, Type.F32), plain_ffn(6, Type.F16), None, plain_ffn(6), None]
     path = write_native(directory / f"{kv_type}.gguf", content, layers)
-    case = two.config(path, kv_type=kv_type)
+    case = two_devices.config(path, kv_type=kv_type)
     with closing(resident_engine(reconfigured(case, device="none", rpc=()))) as engine:
         expected = conversation(engine)
     least = least_vram(case)
     with closing(Engine.open(reconfigured(case, vram=(str(least + (1 << 18)), str(60 << 20))))) as engine:
         assert [device.is_whole for device in engine.plan.devices] == [False, True]
-        two.check(conversation(engine), expected)
+        two_devices.check(conversation(engine), expected, plain.stock)
 
 
-def test_several_requests_at_once(where: Where, mixed: Model) -> None:
+def test_several_requests_at_once(one_device: Devices, mixed: Model) -> None:
     """Batches of a prompt's part and others' tokens, in cells that lie apart; prompts that share their beginnings."""
-    case = where.config(mixed.path, n_parallel=3, n_batch=16)
+    case = one_device.config(mixed.path, n_parallel=3, n_batch=16)
     with closing(resident_engine(reconfigured(case, device="none", rpc=()))) as engine:
         expected = answers(engine)
     for policy, seconds in (("lru", NEVER), ("lfu-decay", ALWAYS)):
@@ -209,32 +172,32 @@ def test_several_requests_at_once(where: Where, mixed: Model) -> None:
             set_rule(engine, FREE_SWAPS)
             set_times(engine, seconds)
             told = answers(engine)
-            if where.is_exact:
+            if one_device.is_exact:
                 assert told == expected
             assert told.keys() == expected.keys()
 
 
 @pytest.mark.parametrize(("host_seconds", "is_streamed"), [(1.0, True), (0.0, False)])
 def test_experts_that_pass_through_for_a_batch(
-    where: Where, model: Model, host_seconds: float, is_streamed: bool
+    one_device: Devices, model: Model, host_seconds: float, is_streamed: bool
 ) -> None:
-    with closing(device_engine(where.config(model.path), 0.1, 0.6)) as engine:
+    with closing(device_engine(one_device.config(model.path), 0.1, 0.6)) as engine:
         set_times(engine, host_seconds)
-        where.check(conversation(engine), model.expected)
+        one_device.check(conversation(engine), model.expected, model.stock)
         assert (engine.counters()["streamed"] > 0) is is_streamed
 
 
-def test_lossy_modes_decide_the_same_on_devices(where: Where, directory: Path) -> None:
+def test_lossy_modes_decide_the_same_on_devices(one_device: Devices, directory: Path, plain: Model) -> None:
     """Second copies are the host's; modes that go by expert weights alone give what they give without a device."""
     stock = content_of(directory, replace(WIDE, n_layer=3))
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
-    case = where.config(path, lossy="gate:0.6")
+    case = one_device.config(path, lossy="gate:0.6")
     with closing(tiered_engine(reconfigured(case, rpc=()), 0.5)) as engine:
         expected, lost = conversation(engine), engine.counters()["low_selected"]
     for on_device in (0.3, WHOLE):
         with closing(device_engine(case, on_device, 0.5)) as engine:
-            where.check(conversation(engine), expected)
-            if where.is_exact:
+            one_device.check(conversation(engine), expected, plain.stock)
+            if one_device.is_exact:
                 assert engine.counters()["low_selected"] == lost > 0
     with closing(device_engine(reconfigured(case, lossy="low"), 0.3, 0.0)) as engine:
         assert np.isfinite(conversation(engine)).all()
@@ -279,7 +242,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 
     def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int) -> None:
         for work in works:
-            pool = graphs.pools[work.slot_class]
+            pool = graphs.pools[work.bank]
             assert work.slots.min() >= 0
             assert all((pool, slot) in filled for slot in work.slots.tolist()), "a slot that nothing was written to"
             assert len(work.slots) == len(work.experts) == len(work.columns)
@@ -303,8 +266,10 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
     """Compares each slot of a device with the file."""
     for device in engine.device_experts:
         for key in device:
-            copy, slot = device.copies[key], device.slot(key)
-            pool = device.pools[copy.slot_class]
+            copy, slot, bank = device.copies[key], device.slot(key), device.bank_of(key)
+            assert bank is not None
+            assert key[0] in bank.layers
+            pool = device.pools[bank]
             for stack, matrix in zip(pool.stacks, (copy.gate, copy.up, copy.down), strict=True):
                 (span,) = matrix.spans
                 stored = np.fromfile(engine.gguf.paths[span.shard], np.uint8, span.n_bytes, offset=span.offset)
@@ -315,12 +280,12 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
 
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 def test_every_selected_expert_is_computed_once_and_with_slots_that_are_filled(
-    where: Where, model: Model, policy: str, watched: Stop
+    one_device: Devices, model: Model, policy: str, watched: Stop
 ) -> None:
-    with closing(device_engine(where.config(model.path, policy=policy), 0.3, 0.6)) as engine:
+    with closing(device_engine(one_device.config(model.path, policy=policy), 0.3, 0.6)) as engine:
         set_rule(engine, FREE_SWAPS)
         set_times(engine, 1e-3)
-        where.check(conversation(engine), model.expected)
+        one_device.check(conversation(engine), model.expected, model.stock)
         assert_slots_hold_their_experts(engine)
     assert watched.n_seen > 0
 
@@ -329,7 +294,7 @@ def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(
     directory: Path, endpoints: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In layers whose experts the device has, in those whose experts the host has, and in those of both."""
-    run, where = MoEStep.run, lent(endpoints[0])
+    run, server = MoEStep.run, lent(endpoints[0])
 
     def n_calls(n_used: int) -> dict[tuple[bool, bool], set[int]]:
         """Calls of Python and C functions for a layer of a token, by whether device and host had experts of it."""
@@ -350,7 +315,7 @@ def test_python_calls_are_as_many_for_eight_selected_experts_as_for_two(
             found["DeviceExperts.begin" in called, "DeviceExperts.write" in called].add(n)
 
         # All experts of the first layers are on the device, none of the last one, and a part of one between.
-        with closing(device_engine(where.config(path, policy="static"), 0.6)) as engine:
+        with closing(device_engine(server.config(path, policy="static"), 0.6)) as engine:
             for token in TOKENS:  # every number of experts on either side has its graph then
                 engine.decode(token)
             with monkeypatch.context() as patch:
@@ -394,7 +359,9 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> Uses:
     return uses
 
 
-def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_slot_is_ever_read_back(
+    one_device: Devices, plain: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Experts are read-only: one that leaves its slot is still in the file, so that only newcomers cross the link."""
     read, get = set[int](), DeviceBackend.get
 
@@ -403,7 +370,7 @@ def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeyp
         get(backend, tensor, *values)
 
     monkeypatch.setattr(DeviceBackend, "get", note_read)
-    with closing(device_engine(where.config(plain.path), 0.3, 0.0)) as engine:
+    with closing(device_engine(one_device.config(plain.path), 0.3, 0.0)) as engine:
         set_rule(engine, FREE_SWAPS)
         for token in TOKENS:
             engine.decode(token)
@@ -418,14 +385,14 @@ def test_nothing_of_a_slot_is_ever_read_back(where: Where, plain: Model, monkeyp
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])
 @pytest.mark.parametrize("in_memory", [0.0, 1.0], ids=["disk", "memory"])
 def test_after_a_swap_both_are_used_where_they_are_now(
-    where: Where, plain: Model, in_memory: float, policy: str, uses: Uses
+    one_device: Devices, plain: Model, in_memory: float, policy: str, uses: Uses
 ) -> None:
     """The newcomer from its slot, its victim on the host, which perhaps has to read it."""
-    with closing(resident_engine(where.config(plain.path, rpc=()))) as engine:
+    with closing(resident_engine(one_device.config(plain.path, rpc=()))) as engine:
         expected = [engine.decode(token).copy() for token in TOKENS]
     came, left, got = set[Key](), set[Key](), []
     used_there, used_here = set[Key](), set[Key]()
-    with closing(device_engine(where.config(plain.path, policy=policy), 0.3, in_memory)) as engine:
+    with closing(device_engine(one_device.config(plain.path, policy=policy), 0.3, in_memory)) as engine:
         set_rule(engine, FREE_SWAPS)
         (device,) = engine.device_experts
         n_slots = len(set(device))
@@ -444,13 +411,13 @@ def test_after_a_swap_both_are_used_where_they_are_now(
         assert device.n_swaps >= len(came) > 5
         expert_bytes = next(iter(device.copies.values())).n_bytes
         assert device.bytes_uploaded == (n_slots + device.n_swaps) * expert_bytes
-    where.check(np.stack(got), np.stack(expected))
+    one_device.check(np.stack(got), np.stack(expected), plain.stock)
     assert used_there
     assert used_here
 
 
-def test_swaps_that_do_not_pay_are_not_made(where: Where, plain: Model) -> None:
-    with closing(device_engine(where.config(plain.path), 0.3)) as engine:
+def test_swaps_that_do_not_pay_are_not_made(one_device: Devices, plain: Model) -> None:
+    with closing(device_engine(one_device.config(plain.path), 0.3)) as engine:
         set_rule(engine, replace(FREE_SWAPS, cost_seconds=1e9))
         conversation(engine)
         assert engine.counters()["swaps"] == 0
@@ -459,38 +426,38 @@ def test_swaps_that_do_not_pay_are_not_made(where: Where, plain: Model) -> None:
 # --- budgets -----------------------------------------------------------------------------------------------
 
 
-def test_a_budget_that_is_too_small_is_refused_with_numbers(where: Where, plain: Model) -> None:
-    case = where.config(plain.path)
+def test_a_budget_that_is_too_small_is_refused_with_numbers(one_device: Devices, plain: Model) -> None:
+    case = one_device.config(plain.path)
     least = least_vram(case)
     with pytest.raises(DoesNotFitError, match=r"needs at least \S+ MiB for its 4 layers, .* Raise --vram to") as caught:
         Engine.open(reconfigured(case, vram=(str(least - 1),)))
     assert (caught.value.required_bytes, caught.value.available_bytes) == (least, least - 1)
     with closing(Engine.open(reconfigured(case, vram=(str(least),)))) as engine:
         assert engine.notes == ()
-        where.check(conversation(engine), plain.expected)
+        one_device.check(conversation(engine), plain.expected, plain.stock)
 
 
-def with_free(config: EngineConfig, where: Where, *free: int) -> Machine:
+def with_free(config: EngineConfig, one_device: Devices, *free: int) -> Machine:
     """This machine, if its devices were these, with so much free memory."""
-    found = [device for name in where.names for device in choose_devices(name, where.endpoints)]
+    found = [device for name in one_device.names for device in choose_devices(name, one_device.endpoints)]
     sizes = [replace(device, free_bytes=n, total_bytes=n) for device, n in zip(found, free, strict=True)]
     return replace(this_machine(reconfigured(config, device="none", rpc=())), devices=tuple(sizes))
 
 
-def test_devices_that_are_too_small_are_left_out_and_noted(two: Where, plain: Model) -> None:
-    case = two.config(plain.path, device="auto")
-    with closing(Engine.open(case, machine=with_free(case, two, 6 << 20, 5 << 20))) as engine:
+def test_devices_that_are_too_small_are_left_out_and_noted(two_devices: Devices, plain: Model) -> None:
+    case = two_devices.config(plain.path, device="auto")
+    with closing(Engine.open(case, machine=with_free(case, two_devices, 6 << 20, 5 << 20))) as engine:
         assert engine.plan.devices == ()
         first, second = engine.notes
-        assert first.startswith(f"Without {two.names[1]}: ")
-        assert second.startswith(f"Computing on the CPU: {two.names[0]} needs at least")
-        assert two.names[0] in second
+        assert first.startswith(f"Without {two_devices.names[1]}: ")
+        assert second.startswith(f"Computing on the CPU: {two_devices.names[0]} needs at least")
+        assert two_devices.names[0] in second
         assert np.isfinite(conversation(engine)).all()
-    with closing(Engine.open(case, machine=with_free(case, two, 6 << 20, 40 << 20))) as engine:
-        assert [device.device.name for device in engine.plan.devices] == [two.names[1]]
+    with closing(Engine.open(case, machine=with_free(case, two_devices, 6 << 20, 40 << 20))) as engine:
+        assert [device.device.name for device in engine.plan.devices] == [two_devices.names[1]]
         (note,) = engine.notes
-        assert note.startswith(f"Without {two.names[0]}: ")
-        two.check(conversation(engine), plain.expected)
+        assert note.startswith(f"Without {two_devices.names[0]}: ")
+        two_devices.check(conversation(engine), plain.expected, plain.stock)
 
 
 class Memory:
@@ -568,25 +535,27 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 @pytest.mark.parametrize("on_device", [0.0, 0.5, 1.0, WHOLE])
 def test_devices_hold_no_more_than_planned_and_nothing_in_the_end(
-    where: Where, mixed: Model, on_device: float, memory: Memory
+    one_device: Devices, mixed: Model, on_device: float, memory: Memory
 ) -> None:
-    with closing(device_engine(where.config(mixed.path, n_parallel=3), on_device)) as engine:
+    with closing(device_engine(one_device.config(mixed.path, n_parallel=3), on_device)) as engine:
         (plan,) = engine.plan.devices
         at_first = memory.n_bytes
         assert plan.weights + plan.kv + plan.slots <= at_first <= plan.required <= plan.budget
-        where.check(conversation(engine), mixed.expected)
+        one_device.check(conversation(engine), mixed.expected, mixed.stock)
         assert memory.n_bytes == at_first
     assert memory.is_all_free
-    for endpoint in where.endpoints:
+    for endpoint in one_device.endpoints:
         check_answers(parse_endpoint(endpoint), ggml_rpc.PROTOCOL_VERSION)
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
-def test_a_device_that_runs_out_while_it_is_loaded(where: Where, mixed: Model, is_cut: bool, memory: Memory) -> None:
+def test_a_device_that_runs_out_while_it_is_loaded(
+    one_device: Devices, mixed: Model, is_cut: bool, memory: Memory
+) -> None:
     """Whatever it is that finds no room: nothing stays, and the CPU takes over, which is told once."""
-    room = least_vram(where.config(mixed.path))
-    case = where.config(mixed.path, device="auto")
-    machine = with_free(case, where, room * 6 // 5 if is_cut else 60 << 20)
+    room = least_vram(one_device.config(mixed.path))
+    case = one_device.config(mixed.path, device="auto")
+    machine = with_free(case, one_device, room * 6 // 5 if is_cut else 60 << 20)
     n_cases = 0
     while True:
         memory.n_until_full = n_cases
@@ -608,7 +577,7 @@ def test_a_device_that_runs_out_while_it_is_loaded(where: Where, mixed: Model, i
 
 
 def test_a_device_that_lacks_an_operation(
-    where: Where, mixed: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    one_device: Devices, mixed: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is asked before it computes: most end the process at what they do not know."""
 
@@ -616,12 +585,12 @@ def test_a_device_that_lacks_an_operation(
         return bool(ggml.ggml_op_desc(operation) != b"MUL_MAT_ID")
 
     monkeypatch.setattr(DeviceBackend, "supports", supports)
-    for room in (least_vram(where.config(mixed.path)), 1 << 30):
+    for room in (least_vram(one_device.config(mixed.path)), 1 << 30):
         with pytest.raises(DeviceError, match=r"does not compute MUL_MAT_ID of Q[45]_K.*--device none"):
-            Engine.open(where.config(mixed.path, vram=(str(room),)))
+            Engine.open(one_device.config(mixed.path, vram=(str(room),)))
         assert memory.is_all_free
-    case = where.config(mixed.path, device="auto")
-    with closing(Engine.open(case, machine=with_free(case, where, 40 << 20))) as engine:
+    case = one_device.config(mixed.path, device="auto")
+    with closing(Engine.open(case, machine=with_free(case, one_device, 40 << 20))) as engine:
         assert "does not compute MUL_MAT_ID" in engine.notes[0]
         assert np.isfinite(engine.decode(1)).all()
 
@@ -629,12 +598,12 @@ def test_a_device_that_lacks_an_operation(
 # --- faults ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_may_be_stopped_anywhere(where: Where, plain: Model) -> None:
+def test_a_step_may_be_stopped_anywhere(one_device: Devices, plain: Model) -> None:
     """Also while experts are streamed; what was under way then is nobody's business later."""
-    with closing(resident_engine(where.config(plain.path, rpc=()))) as engine:
+    with closing(resident_engine(one_device.config(plain.path, rpc=()))) as engine:
         expected = [engine.prefill(TOKENS[:12]).copy(), engine.decode(TOKENS[12]).copy()]
     n_stopped = n_streamed = 0
-    with closing(device_engine(where.config(plain.path, policy="lru"), 0.3, 0.5)) as engine:
+    with closing(device_engine(one_device.config(plain.path, policy="lru"), 0.3, 0.5)) as engine:
         for n_calls in range(0, 40, 3):
             set_times(engine, 2e-3)
             before = engine.counters()["streamed"]
@@ -645,14 +614,16 @@ def test_a_step_may_be_stopped_anywhere(where: Where, plain: Model) -> None:
                 n_streamed += engine.counters()["streamed"] > before
             engine.truncate(0)
             got = [engine.prefill(TOKENS[:12]).copy(), engine.decode(TOKENS[12]).copy()]
-            where.check(np.stack(got), np.stack(expected))
+            one_device.check(np.stack(got), np.stack(expected), plain.stock)
             engine.truncate(0)
     assert n_stopped > 5
     assert n_streamed > 2
 
 
-def test_an_error_while_experts_are_streamed(where: Where, plain: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(device_engine(where.config(plain.path), 0.3, 0.6)) as engine:
+def test_an_error_while_experts_are_streamed(
+    one_device: Devices, plain: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(device_engine(one_device.config(plain.path), 0.3, 0.6)) as engine:
         set_times(engine, 1.0)
         with monkeypatch.context() as patch:
 
@@ -664,15 +635,15 @@ def test_an_error_while_experts_are_streamed(where: Where, plain: Model, monkeyp
                 with pytest.raises(DeviceError, match="The card is gone"):
                     engine.prefill(TOKENS[:12])
                 assert engine.n_past == 0
-        where.check(conversation(engine), plain.expected)
+        one_device.check(conversation(engine), plain.expected, plain.stock)
         assert engine.counters()["streamed"] > 0
 
 
-def test_what_is_recorded_is_cut(where: Where, plain: Model, tmp_path: Path) -> None:
+def test_what_is_recorded_is_cut(one_device: Devices, plain: Model, tmp_path: Path) -> None:
     """A trace needs to see every layer, also where a device has room for all."""
-    case = where.config(plain.path, trace=tmp_path / "trace")
+    case = one_device.config(plain.path, trace=tmp_path / "trace")
     with closing(device_engine(case, WHOLE)) as engine:
-        where.check(conversation(engine), plain.expected)
+        one_device.check(conversation(engine), plain.expected, plain.stock)
         assert engine.counters()["misses"] == 0
     steps = read_trace(tmp_path / "trace").steps
     assert len(steps) == 14

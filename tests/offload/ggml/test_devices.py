@@ -28,8 +28,8 @@ from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend, EngineAbortedEr
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device, available_devices, choose_devices
 from slimoe.offload.ggml.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
+from tests.offload.devices import KINDS, LOCAL
 
-LOCAL = [device.name for device in available_devices()]
 VERSION = (7, 0)
 ALIGNMENT = 256
 
@@ -40,7 +40,7 @@ def server() -> Iterator[RpcServer]:
         yield server
 
 
-@pytest.fixture(params=["rpc", *LOCAL])
+@pytest.fixture(params=KINDS)
 def device(request: pytest.FixtureRequest, server: RpcServer) -> Device:
     name = request.param
     if name == "rpc":
@@ -290,7 +290,7 @@ def test_none_and_a_server_contradict_each_other() -> None:
 
 def test_the_cpu_is_no_device(server: RpcServer) -> None:
     found = available_devices([server.endpoint, server.endpoint])
-    assert [device.name for device in found[:-1]] == LOCAL
+    assert tuple(device.name for device in found[:-1]) == LOCAL
     lent = found[-1]
     assert lent.name.startswith("RPC")
     assert lent.description == server.endpoint

@@ -9,7 +9,6 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
-from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.requests.slot_file import SlotFileError
 from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams, Timings, TokenStep
 from tests.models.configs import engine_config
@@ -17,6 +16,7 @@ from tests.models.conversation import TOKENS
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, tiered_engine
 from tests.models.tiny_gguf import FineShape, write_family
+from tests.offload.devices import Devices
 
 PROMPT, OTHER = tuple(TOKENS[:40]), tuple(TOKENS[5:45])
 N_ANSWER = 6
@@ -90,27 +90,26 @@ def test_all_kinds_of_caches(make: Any, kv_type: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek2", "deepseek2-old"])
-def test_latent_attention_on_devices_and_the_host(name: str, endpoints: tuple[str, str], tmp_path: Path) -> None:
+def test_latent_attention_on_devices_and_the_host(name: str, two_devices: Devices, tmp_path: Path) -> None:
     """One row for keys and values, or rows of different length for both."""
     path = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_expert=16))
-    lent = available_devices(endpoints)[-2:]
-    named = {"device": ",".join(device.name for device in lent), "rpc": endpoints}
-    with closing(device_engine(engine_config(path, n_ctx=128, n_batch=32, n_threads=1, **named), 0.5)) as engine:
+    config = engine_config(path, n_ctx=128, n_batch=32, n_threads=1, **two_devices.settings)
+    with closing(device_engine(config, 0.5)) as engine:
         expected, _ = answer(engine, PROMPT)
         engine.slots.save(0, tmp_path / "slot")
     with closing(opened(path)) as engine:
         engine.slots.restore(0, tmp_path / "slot")
         told, timings = answer(engine, PROMPT)
         engine.slots.save(0, tmp_path / "again")
-    assert (told, timings.prompt_n) == (expected, 1)
+    assert timings.prompt_n == 1
+    assert len(told) == len(expected)
+    assert told == expected or not two_devices.is_exact
     assert (tmp_path / "again").stat().st_size == (tmp_path / "slot").stat().st_size
 
 
-def test_a_cache_on_devices(model: Path, endpoints: tuple[str, str], tmp_path: Path) -> None:
+def test_a_cache_on_devices(model: Path, two_devices: Devices, tmp_path: Path) -> None:
     """Saved from two devices, restored to the host: where layers lie makes no difference to the file."""
-    lent = available_devices(endpoints)[-2:]
-    named = {"device": ",".join(device.name for device in lent), "rpc": endpoints}
-    config = engine_config(model, n_ctx=128, n_batch=32, n_threads=1, **named)
+    config = engine_config(model, n_ctx=128, n_batch=32, n_threads=1, **two_devices.settings)
     with closing(device_engine(config, 0.5)) as engine:
         expected, _ = answer(engine, PROMPT)
         engine.slots.save(0, tmp_path / "slot")

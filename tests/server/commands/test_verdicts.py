@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
-from slimoe.offload.ggml.devices import available_devices, choose_devices
+from slimoe.offload.ggml.devices import choose_devices
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import expert_placement
@@ -26,6 +26,7 @@ from tests.models.live_server import serving
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import apart_model, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiny_gguf import TinyShape
+from tests.offload.devices import Devices
 
 MIB = 1 << 20
 ROOMY = TinyShape(n_layer=3, n_embd=128, n_head=2, n_head_kv=1, n_ff=1024, n_expert=4, n_expert_used=2)
@@ -143,12 +144,12 @@ def test_more_than_there_is_is_not_advised(model: Path) -> None:
 @pytest.mark.parametrize("vram", [("1MiB",), ("8MiB", "8MiB"), ("8MiB", "12MiB")])
 @pytest.mark.parametrize("ram", ["1MiB", "8GiB"])
 def test_what_is_advised_for_devices_is_enough(
-    tmp_path: Path, endpoints: tuple[str, ...], vram: tuple[str, ...], ram: str
+    tmp_path: Path, two_devices: Devices, vram: tuple[str, ...], ram: str
 ) -> None:
-    n_local, used = len(available_devices()), endpoints[: len(vram)]
-    names = [device.name for device in available_devices(used)[n_local:]]
+    used = two_devices.names[: len(vram)]
     model = pair_model(tmp_path)
-    config = engine_config(model, n_ctx=256, n_batch=64, n_threads=1, device=",".join(names), rpc=used, ram=ram)
+    settings = two_devices.settings | {"device": ",".join(used), "ram": ram}
+    config = engine_config(model, n_ctx=256, n_batch=64, n_threads=1, **settings)
     error = shortfall(reconfigured(config, vram=vram))
     sizes = advised(error, "--vram") or tuple(int(size.removesuffix("MiB")) for size in vram)
     (host,) = advised(error, "--ram") or (int(ram.removesuffix("GiB")) * 1024,)
