@@ -267,12 +267,14 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
 
 def _check_widths(source: ModelSource, plan: CompressPlan) -> None:
     """In stock files all experts are as wide: the narrowest one says how wide they may be."""
-    widths = {
-        matrix_width(source, layer.block, expert): layer.block for layer in plan.layers for expert in layer.experts
-    }
+    widths = dict[int, int]()
+    for layer in plan.layers:
+        for expert in layer.experts:
+            widths.setdefault(matrix_width(source, layer.block, expert), layer.block)
     if len(widths) > 1:
         least, most = min(widths), max(widths)
-        problem = f"experts would have {least} neurons in layer {widths[least]} and {most} in layer {widths[most]}"
+        other = "others" if widths[least] == widths[most] else f"those of layer {widths[most]}"
+        problem = f"layer {widths[least]} would have experts of {least} neurons, and {other} have {most}"
         hint = f"Make all as narrow with --width {least} (and --stats), or write the native format, which can."
         raise UnsupportedModelError(source.path, f"{problem}, which the stock format cannot hold.", hint)
 
