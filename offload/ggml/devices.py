@@ -10,6 +10,8 @@ from slimoe.offload.ggml.buffers import ggml_backend_reg_dev_get
 from slimoe.offload.ggml.rpc_endpoint import RpcEndpoint, check_answers, parse_endpoint
 
 _METAL = "MTL"
+_SOFTWARE = ("llvmpipe", "SwiftShader")
+"""How drivers describe devices that compute on the CPU, in its memory; ggml calls them GPUs like any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +102,16 @@ def _described(handle: int) -> Device:
     props = ggml_device.DeviceProps()
     ggml_device.ggml_backend_dev_get_props(handle, ctypes.addressof(props))
     name = (props.name or b"").decode("utf-8", "replace")
+    description = (props.description or b"").decode("utf-8", "replace")
     is_integrated = props.type == ggml_device.TYPE_IGPU
     return Device(
         name,
-        (props.description or b"").decode("utf-8", "replace"),
+        description,
         props.memory_free,
         props.memory_total,
         handle,
         is_integrated,
-        shares_host_memory=is_integrated or name.startswith(_METAL),
+        shares_host_memory=is_integrated or name.startswith(_METAL) or description.startswith(_SOFTWARE),
         hardware_id=(props.device_id or b"").decode(),
     )
 

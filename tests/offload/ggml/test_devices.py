@@ -268,6 +268,27 @@ def test_auto_takes_no_card_twice_and_no_integrated_one_beside_others() -> None:
     assert chosen("auto", card("Vulkan0", is_integrated=True)) == ["Vulkan0"]
 
 
+@pytest.mark.parametrize(
+    ("description", "shares"),
+    [(b"llvmpipe (LLVM 15.0.6, 256 bits)", True), (b"AMD Radeon RX 7600 (RADV)", False)],
+)
+def test_a_software_device_takes_the_host_s_memory(
+    description: bytes, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ggml's Vulkan says of both that they are GPUs."""
+
+    def get_props(device: int, address: int) -> None:
+        props = ggml_device.DeviceProps.from_address(address)
+        props.name, props.description, props.type = b"Vulkan0", description, ggml_device.TYPE_GPU
+
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_count", lambda: 1)
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_get", lambda index: 1)
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_type", lambda device: ggml_device.TYPE_GPU)
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_get_props", get_props)
+    (found,) = available_devices()
+    assert (found.name, found.shares_host_memory) == ("Vulkan0", shares)
+
+
 def test_names_choose_and_order() -> None:
     assert chosen("RPC0,CUDA0,rpc0", card("CUDA0"), card("CUDA1"), card("RPC0")) == ["RPC0", "CUDA0"]
 
