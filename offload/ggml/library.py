@@ -6,7 +6,7 @@ Several packages install them. The first one that is there and passes `trial` is
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -70,10 +70,17 @@ def chosen() -> Library:
                 use(found)
                 return found
             refused.append(found)
-        reasons = "".join(f"{refusal.why}. " for refusal in refused)
-        names = " nor ".join(package.name for package in wanted())
-        raise LibraryError(f"No ggml can be used. {reasons or f'Neither {names} is installed. '}{_INSTALL}")
+        raise no_library(refused)
     return _chosen[0]
+
+
+def no_library(refused: Sequence[Refusal]) -> LibraryError:
+    """The error for a machine on which no library can be used, with the reasons and what to do."""
+    names = ", ".join(package.name for package in wanted())
+    reasons = "".join(f"{refusal.why}. " for refusal in refused) or f"None of {names} is installed. "
+    is_refused = any(refusal.library.package == PREBUILT for refusal in refused)
+    another = "What else can be installed is in docs/building.md." if is_refused else _INSTALL
+    return LibraryError(f"No ggml can be used. {reasons}{another}")
 
 
 def candidates() -> Iterator[Library | Refusal]:

@@ -14,8 +14,8 @@ import msgspec
 from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import LibraryError
-from slimoe.offload.ggml.library import ENVIRONMENT, Refusal, candidates, ggml_version, wanted
-from slimoe.offload.ggml.packages import NATIVE, PREBUILT, Library
+from slimoe.offload.ggml.library import ENVIRONMENT, Refusal, candidates, ggml_version, no_library, wanted
+from slimoe.offload.ggml.packages import NATIVE, Library
 from slimoe.offload.machine.measurement_cache import MeasurementCache, processor_name
 from slimoe.offload.printable import printable
 from slimoe.offload.resources.memory import holdable_bytes, human
@@ -133,7 +133,7 @@ def _find(found: Sequence[Library | Refusal], measure: bool) -> Findings:
         devices,
         products,
         MeasurementCache().known() if usable else {},
-        _advice(usable, unused, products),
+        _advice(found, unused, products),
     )
 
 
@@ -167,10 +167,11 @@ class _Measured(msgspec.Struct):
     products: dict[str, Products]
 
 
-def _advice(usable: Sequence[Library], unused: Sequence[str], products: Mapping[str, Products]) -> str:
+def _advice(found: Sequence[Library | Refusal], unused: Sequence[str], products: Mapping[str, Products]) -> str:
     """What would make this machine faster, and the command for it."""
+    usable = [each for each in found if isinstance(each, Library)]
     if not usable:
-        return f"No ggml can be used. Install the prebuilt one: {PREBUILT.install}"
+        return str(no_library([each for each in found if isinstance(each, Refusal)]))
     more = f"use {', '.join(unused)} as well" if unused else "fit this processor"
     flags = f'CFLAGS="{_WITHOUT_AMX}" CXXFLAGS="{_WITHOUT_AMX}" ' if platform.machine() in ("x86_64", "AMD64") else ""
     pip = f"CMAKE_ARGS=-DGGML_RPC=ON {flags}{sys.executable} -m {NATIVE.install} --no-cache-dir"
