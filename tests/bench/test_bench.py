@@ -36,7 +36,14 @@ SCRIPTS = sorted(
     for path in (ROOT / "bench").glob(pattern)
     if "@click.command" in path.read_text("utf-8")
 )
-SCRIPTS += ["lossy.gates", "quality.healing", "quality.main_experts", "quality.seed_table", "traces.layer_slots"]
+SCRIPTS += [
+    "lossy.gates",
+    "quality.healing",
+    "quality.main_experts",
+    "quality.seed_table",
+    "quality.streams",
+    "traces.layer_slots",
+]
 FURTHER = {"decode_prefill": ("--ratio", "2")}
 """Flags of smokes, for parts that a bench leaves out without them."""
 Smoke = Callable[[str], dict[str, Any]]
