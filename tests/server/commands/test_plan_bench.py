@@ -209,7 +209,10 @@ def test_what_other_programs_disturb_is_measured_once_and_told(
             measured.append("kernels")
             return machine_for(planned, *(known_as(one.device) for one in planned.devices))
 
-        return cache.measured("kernels", MachineSpeed, speed, lambda: quiet)
+        if quiet and cache.get("kernels", MachineSpeed) is None:
+            # What is put there is remembered, however busy the machine is that runs this test.
+            cache.put({"kernels": speed()})
+        return cache.measured("kernels", MachineSpeed, speed, lambda: False)
 
     path = write_tiny_gguf(tmp_path / "m.gguf", None)
     with rpc_server() as server:
