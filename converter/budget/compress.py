@@ -40,6 +40,7 @@ from slimoe.converter.stats.type_costs import (
     statistics_costs,
     stored_costs,
 )
+from slimoe.converter.write.feedback_time import costs_with_feedback
 from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.resources.memory import available_bytes
@@ -198,8 +199,12 @@ class _Job:
                 advice = smaller_copies_advice(self.source, plan, Type[low])
                 raise UsageError(f"Second copies in {low} would be no smaller than the first. {advice}")
         check_importance(whole)
-        costs = costs or self._named_costs(whole)
+        costs = self.with_feedback(costs or self._named_costs(whole))
         return priced(plan, costs), costs
+
+    def with_feedback(self, costs: TypeCosts | None) -> TypeCosts | None:
+        """What types cost with feedback for all matrices, if the recipe has it; with a time, which ones is yet open."""
+        return costs_with_feedback(costs) if costs is not None and self.recipe.fit.feedback is True else costs
 
     def _named_costs(self, plan: CompressPlan) -> TypeCosts | None:
         """What the types cost that a plan has; None without the sensitivities that say it."""
@@ -224,6 +229,7 @@ class _Job:
             raise UsageError("A size is met by statistics. Run slimoe calibrate first, and give --stats FILE.")
         types = candidate_types(source, self.recipe)
         known = costs or statistics_costs(source, statistics, types, self.n_threads, self.on_progress)
+        known = self.with_feedback(known) or known
         try:
             job, found = self, self.best_candidate(self.sized(known, budget), structure)
         except DoesNotFitError as error:

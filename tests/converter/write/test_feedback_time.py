@@ -14,7 +14,14 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts, statistics_costs
-from slimoe.converter.write.feedback_time import FeedbackTime, Speeds, measured_speeds, saved_share, with_chosen
+from slimoe.converter.write.feedback_time import (
+    FeedbackTime,
+    Speeds,
+    costs_with_feedback,
+    measured_speeds,
+    saved_share,
+    with_chosen,
+)
 from slimoe.converter.write.writer import chosen_quantiser, write_planned
 from slimoe.offload.errors import UsageError
 from tests.models.compress_plans import learnt
@@ -84,6 +91,19 @@ def test_a_time_is_spent_where_it_saves_most(source: ModelSource, statistics: St
         assert shares[-1] >= 0.99 * part
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
+
+
+def test_a_plan_expects_less_of_types_with_feedback(
+    source: ModelSource, statistics: Statistics, costs: TypeCosts
+) -> None:
+    """More than its share of it is left, since tables have none, and less than all."""
+    plain, timed, fed = (planned(source, statistics, feedback).expected_kl or 0.0 for feedback in (False, 60.0, True))
+    assert timed == plain
+    left = costs_with_feedback(costs)
+    shares = {key.name: float((left.costs[key] / nats).mean()) for key, nats in costs.costs.items()}
+    assert shares.pop("token_embd.weight") == 1
+    assert all(0.3 < share < 0.4 for share in shares.values())
+    assert 0.3 * plain < fed < 0.9 * plain
 
 
 def test_a_time_that_reaches_nothing_is_refused(source: ModelSource, statistics: Statistics, costs: TypeCosts) -> None:
