@@ -12,10 +12,9 @@ from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_poli
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
-from slimoe.offload.cache.swap import SlotExchange, SwapRule
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.constant_experts import read_constant_experts
-from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, fastest, measure_times
+from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, fastest, measure_beside, measure_times
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.hit_path import HitPath
@@ -394,7 +393,7 @@ class _Opening:
         copy_seconds = fastest(lambda: device.copy_passing(addresses, bank), wait)
         there = measure_times(lambda n: device.run_passing(bank, n), n_batch, wait)
         here = measure_times(lambda n: host.run_one(key, n), n_batch)
+        beside = measure_beside(lambda: host.run_one(key, 1), lambda: device.copy_passing(addresses, bank), wait)
         host_pool.pin(set())
-        device.times = LinkTimes(here, there, copy_seconds)
-        rule = SwapRule(max(0.0, here.one - there.one), copy_seconds)
-        device.swaps = SlotExchange(self._policy, rule, device.bank_of)
+        times = LinkTimes(here, there, copy_seconds)
+        device.decide(self._policy, times, beside, max(1, self._plan.spec.n_expert_used))

@@ -23,6 +23,13 @@ HALF_LIFE_TOKENS = 64.0
 PROMPT_TOKENS = 64.0
 TURN_DISCOUNT = 0.8
 """Of an expert's worth that is gone when its layer has just been computed, and comes back until its turn is next."""
+LASTING_TOKENS = 128
+"""After so many tokens of answers it is looked at how much of the differences between experts has lasted."""
+FUTURE_TOKENS = 4 * LASTING_TOKENS
+"""Tokens of answers that an expected use is the mean of: what is usual lasts so long, all else `LASTING_TOKENS`."""
+_LASTING_AT_FIRST = 0.25
+_USUAL_PERIODS = 16
+"""Periods that what is usual is the mean of at most; the file's priors count as many."""
 _LEAST_SCALE = 2.0**-256
 """A power of two, so that taking it out of the scale rounds nothing; values fade to it in some ten thousand tokens."""
 
@@ -87,6 +94,16 @@ class Policy(Protocol):
     def value(self, key: tuple[int, int]) -> float:
         """The value of one expert of a layer."""
 
+    def expected(self, key: tuple[int, int]) -> float:
+        """The value that one expert of a layer is expected to have in the next `FUTURE_TOKENS` tokens, on average."""
+
+    def soon(self, key: tuple[int, int]) -> float:
+        """The value that it is expected to have in the next `LASTING_TOKENS` tokens, on average."""
+
+    @property
+    def all_soon(self) -> Values:
+        """The same of every expert, [n_layer, n_expert], a new array."""
+
     def decode(self, layer: int, experts: Experts) -> None:
         """A decode step used these experts in a layer; within one call, an expert counts once."""
 
@@ -135,6 +152,19 @@ class Ranked:
         """The value of one expert of a layer."""
         return float(self.ranks[key]) * self.scale
 
+    def expected(self, key: tuple[int, int]) -> float:
+        """As now."""
+        return self.value(key)
+
+    def soon(self, key: tuple[int, int]) -> float:
+        """As now."""
+        return self.value(key)
+
+    @property
+    def all_soon(self) -> Values:
+        """As now."""
+        return self.values
+
 
 class DecayedLfu(Ranked):
     """Mean use per token, the last tokens counting most; a prompt adds what it can foretell of its own answer.
@@ -143,6 +173,10 @@ class DecayedLfu(Ranked):
     `prompt_tokens`: it is mixed in beside the decoded tokens' mean, fades as they do, and gives way to the next prompt.
     A cache should rather give up an expert of a layer that has just been computed, which has its next chance a whole
     token later, than one of a layer to come: replayed traces hit 1 to 4 points more often for it.
+
+    Of what an expert was lately used more than usual only a share lasts, the rest is chance. That share is learnt, from
+    all experts together: it is the slope of their use after some time on their use before. Without it, caches exchange
+    experts for which the text has no lasting preference, and never earn the copies back.
     """
 
     name = "lfu-decay"
@@ -153,6 +187,9 @@ class DecayedLfu(Ranked):
     ) -> None:
         super().__init__(context)
         self._decoded = self.ranks.copy()
+        self._usual, self._before = self.ranks.copy(), self.ranks.copy()
+        self._lasting, self._n_tokens = _LASTING_AT_FIRST, 0
+        self._n_periods, self._learns = 1 if context.priors is None else _USUAL_PERIODS, False
         self._counts = np.zeros_like(self.ranks)
         self._keep = 0.5 ** (1 / half_life)
         self._prompt_tokens = prompt_tokens
@@ -191,9 +228,43 @@ class DecayedLfu(Ranked):
         weight = 1 - self._keep ** min(n_tokens, self._prompt_tokens)
         self.ranks[layer] = (1 - weight) * self._decoded[layer] + weight / (n_tokens * self.scale) * seen
 
+    def expected(self, key: tuple[int, int]) -> float:
+        """What is usual, and for the first `LASTING_TOKENS` the lasting share of what is more or less now."""
+        usual = float(self._usual[key])
+        return usual + self._lasting * LASTING_TOKENS / FUTURE_TOKENS * (self.value(key) - usual)
+
+    def soon(self, key: tuple[int, int]) -> float:
+        """What is usual, and the lasting share of what is more or less now."""
+        usual = float(self._usual[key])
+        return usual + self._lasting * (self.value(key) - usual)
+
+    @property
+    def all_soon(self) -> Values:
+        """What is usual of every expert, and the lasting share of what is more or less now."""
+        soon: Values = self._usual + self._lasting * (self.values - self._usual)
+        return soon
+
+    def _learn(self) -> None:
+        """Compares the use of a period that ends now with what was more or less than usual when it began."""
+        now, faded = self._decoded * self.scale, self._keep**LASTING_TOKENS
+        used = (now - faded * self._before) / (1 - faded)
+        unusual = self._before - self._usual
+        weight = float((unusual * unusual).sum())
+        if weight > 0:
+            slope = float((unusual * (used - self._usual)).sum()) / weight
+            slope = min(1.0, max(0.0, slope))
+            self._lasting = (self._lasting + slope) / 2 if self._learns else slope
+            self._learns = True
+        self._n_periods = min(_USUAL_PERIODS, self._n_periods + 1)
+        self._usual += (used - self._usual) / self._n_periods
+        self._before = now
+
     def end_token(self) -> None:
         """Lets everything fade by one token."""
         self.scale *= self._keep
+        self._n_tokens += 1
+        if self._n_tokens % LASTING_TOKENS == 0:
+            self._learn()
         if self.scale < _LEAST_SCALE:
             self.scale /= _LEAST_SCALE
             self.ranks *= _LEAST_SCALE

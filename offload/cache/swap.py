@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.policy import Policy
+from slimoe.offload.cache.policy import FUTURE_TOKENS, Policy
 from slimoe.offload.cache.residency import Key
 
 
@@ -36,15 +36,15 @@ class SwapRule:
 
     gain_seconds: float
     cost_seconds: float
-    horizon_tokens: float = 256.0
+    horizon_tokens: float = FUTURE_TOKENS
     margin: float = 1.3
     max_swaps: int = 2
 
-    def pays(self, newcomer_uses: float, victim_uses: float) -> bool:
-        """Whether one exchange is worth it; uses are expected uses per token."""
+    def pays(self, newcomer_uses: float, victim_uses: float, more_uses: float | None = None) -> bool:
+        """Whether one exchange is worth it; uses are per token, `more_uses` those to come, by default as now."""
         if newcomer_uses <= self.margin * victim_uses:
             return False
-        more_uses = newcomer_uses - victim_uses
+        more_uses = newcomer_uses - victim_uses if more_uses is None else more_uses
         return swap_pays(self.gain_seconds, more_uses, self.margin * self.cost_seconds, self.horizon_tokens)
 
 
@@ -116,20 +116,20 @@ class SlotExchange:
     """
 
     def __init__(self, policy: Policy, rule: SwapRule, kind_of: Callable[[Key], Hashable | None]) -> None:
-        self._policy, self.rule, self._kind_of = policy, rule, kind_of
+        self.policy, self.rule, self._kind_of = policy, rule, kind_of
         self._kinds: dict[Hashable, _Kind] = {}
         self._n_falls: list[int] = []
 
     def choose(self, resident: Residents, missed: Iterable[Key], can_come: Callable[[Key], bool]) -> list[Swap]:
         """Swaps after a step: `missed` were used and not `resident`; `can_come` says whose bytes can be had now."""
-        must_sort = self._n_falls != self._policy.n_falls
+        must_sort = self._n_falls != self.policy.n_falls
         if must_sort:
             self._sort(resident)
-            self._n_falls = list(self._policy.n_falls)
+            self._n_falls = list(self.policy.n_falls)
         used = self._able_to_come(missed, resident)
-        if self._policy.in_uses_per_token:
+        if self.policy.in_uses_per_token:
             for key in () if must_sort else used:
-                self._kinds[self._kind_of(key)].put(key, self._policy.rank(key), inside=False)
+                self._kinds[self._kind_of(key)].put(key, self.policy.rank(key), inside=False)
             return self._paying(resident, can_come)
         swaps: list[Swap] = []
         gone, come = set[Key](), set[Key]()
@@ -137,8 +137,8 @@ class SlotExchange:
             if not can_come(key):
                 continue
             kind = self._kinds[self._kind_of(key)]
-            victim = kind.coldest(self._policy.rank, lambda key: key in come or (key in resident and key not in gone))
-            if victim is not None and self._policy.rank(victim) < self._policy.rank(key):
+            victim = kind.coldest(self.policy.rank, lambda key: key in come or (key in resident and key not in gone))
+            if victim is not None and self.policy.rank(victim) < self.policy.rank(key):
                 swaps.append((victim, key))
                 gone.add(victim)
                 come.add(key)
@@ -153,15 +153,15 @@ class SlotExchange:
         """
         keys = np.array(list(dict.fromkeys(missed)), np.int64).reshape(-1, 2)
         layers, experts = keys.T
-        rank, margin = self._policy.rank, max(1.0, self.rule.margin) if self._policy.in_uses_per_token else 1.0
+        rank, margin = self.policy.rank, max(1.0, self.rule.margin) if self.policy.in_uses_per_token else 1.0
         lowest = [kind.coldest(rank, resident.__contains__) for kind in self._kinds.values()]
         # The last one is for experts without slots here.
         limits = np.array([*(np.inf if key is None else margin * rank(key) for key in lowest), np.inf])
-        is_able = self._policy.ranks[layers, experts] > limits[self._numbers[layers, experts]]
+        is_able = self.policy.ranks[layers, experts] > limits[self._numbers[layers, experts]]
         return [(layer, expert) for layer, expert in keys[is_able].tolist() if (layer, expert) not in resident]
 
     def _paying(self, resident: Residents, can_come: Callable[[Key], bool]) -> list[Swap]:
-        policy, swaps, waiting, moved = self._policy, list[Swap](), list[Key](), set[Key]()
+        policy, swaps, waiting, moved = self.policy, list[Swap](), list[Key](), set[Key]()
         for kind in self._kinds.values():
             for _ in range(self.rule.max_swaps):
                 victim = kind.coldest(policy.rank, lambda key: key in resident and key not in moved)
@@ -186,10 +186,13 @@ class SlotExchange:
         waiting: list[Key],
     ) -> Key | None:
         """Takes the best expert that pays in a victim's place out of `kind`; those that cannot come go to `waiting`."""
-        policy = self._policy
+        policy = self.policy
         while victim is not None:
             key = kind.hottest(policy.rank, is_there)
-            if key is None or not self.rule.pays(policy.value(key), policy.value(victim)):
+            if key is None:
+                break
+            more_uses = policy.expected(key) - policy.expected(victim)
+            if not self.rule.pays(policy.value(key), policy.value(victim), more_uses):
                 break
             heappop(kind.outside)
             if can_come(key):
@@ -201,12 +204,12 @@ class SlotExchange:
         """Enters experts on the side where they are after swaps."""
         for victim, newcomer in swaps:
             kind = self._kinds[self._kind_of(newcomer)]
-            kind.put(victim, self._policy.rank(victim), inside=False)
-            kind.put(newcomer, self._policy.rank(newcomer), inside=True)
+            kind.put(victim, self.policy.rank(victim), inside=False)
+            kind.put(newcomer, self.policy.rank(newcomer), inside=True)
 
     def _sort(self, resident: Residents) -> None:
         """Sorts all experts anew."""
-        ranks = self._policy.ranks
+        ranks = self.policy.ranks
         is_inside = np.zeros(ranks.shape, np.bool_)
         for key in resident:
             is_inside[key] = True
@@ -215,7 +218,7 @@ class SlotExchange:
     @functools.cached_property
     def _numbers(self) -> NDArray[np.int64]:
         """Which of the kinds each expert is of, [n_layer, n_expert], -1 of those without."""
-        numbers = np.full(self._policy.ranks.shape, -1, np.int64)
+        numbers = np.full(self.policy.ranks.shape, -1, np.int64)
         for number, (_, keys) in enumerate(self._keys):
             numbers[tuple(keys.T)] = number
         return numbers
@@ -224,7 +227,7 @@ class SlotExchange:
     def _keys(self) -> list[tuple[Hashable, NDArray[np.int64]]]:
         """The experts of each kind, [n, 2]."""
         keys: dict[Hashable, list[Key]] = {}
-        for layer, expert in np.ndindex(self._policy.ranks.shape):
+        for layer, expert in np.ndindex(self.policy.ranks.shape):
             kind = self._kind_of((layer, expert))
             if kind is not None:
                 keys.setdefault(kind, []).append((layer, expert))

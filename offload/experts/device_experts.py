@@ -2,19 +2,24 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from threading import Event
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.cache.device_pool import Bank, DeviceSlots, Pools, SlotPool
 from slimoe.offload.cache.host_slots import Addresses
+from slimoe.offload.cache.policy import Policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens, pairs_of
-from slimoe.offload.cache.swap import SlotExchange
+from slimoe.offload.cache.swap import SlotExchange, SwapRule
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
+from slimoe.offload.experts.layer_uploads import LayerUploads, Upload
+from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
 from slimoe.offload.model.experts import ExpertCopy
 
 _ROUNDS = 3
@@ -62,6 +67,34 @@ def fastest(run: Callable[[], None], wait: Callable[[], None] | None = None) -> 
     return max(0.0, min(taken[1:]) - min(idle, default=0.0))
 
 
+def measure_beside(
+    run: Callable[[], None], copy: Callable[[], None], wait: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """Seconds of `run` and of `copy` while the other is under way: another thread copies over and over.
+
+    `wait` returns when a copy that has begun is done.
+    """
+    ended = Event()
+
+    def copy_on() -> int:
+        n_copies = 0
+        while not ended.is_set():
+            copy()
+            wait()
+            n_copies += 1
+        return n_copies
+
+    with ThreadPoolExecutor(1, "link") as link:
+        begin = time.perf_counter()
+        copies = link.submit(copy_on)
+        try:
+            seconds = fastest(run)
+        finally:
+            ended.set()
+        n_copies = copies.result()
+    return seconds, (time.perf_counter() - begin) / max(1, n_copies)
+
+
 @dataclass(frozen=True, slots=True)
 class LinkTimes:
     """What streaming is decided by: experts on the host, on the device, and seconds to copy one there."""
@@ -94,8 +127,8 @@ class DeviceExperts:
     """One device's slots. `copies` are those that its layers could have here, `slots` tells where those are that do.
 
     Counters since it was opened: `hits` selected experts computed here (once per token), `bytes_uploaded`, `n_swaps`,
-    and `n_streamed` experts that passed through for a batch. `times` and `swaps` are None until measured: nothing is
-    streamed or exchanged.
+    and `n_streamed` experts that were copied here for one layer of a step. `times`, `swaps` and `choice` are None until
+    measured: nothing is streamed or exchanged. `uploads` is None where single tokens copy nothing within a layer.
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy], slots: DeviceSlots) -> None:
@@ -118,6 +151,10 @@ class DeviceExperts:
         }
         self.times: LinkTimes | None = None
         self.swaps: SlotExchange | None = None
+        self.uploads: LayerUploads | None = None
+        self.choice: ExchangeChoice | None = None
+        self._reserved: dict[Key, int] = {}
+        self._written: set[Key] = set()
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
 
     @property
@@ -192,30 +229,77 @@ class DeviceExperts:
         self._slots.n_arrived[key[0]] += 1
         self.bytes_uploaded += self.copies[key].n_bytes
 
+    @property
+    def kinds(self) -> NDArray[np.int32]:
+        """Numbers of the banks whose slots experts fit, [n_layer, n_expert], -1 of those that have none here."""
+        return self._numbers
+
+    def begin_token(self) -> None:
+        """A step of a single token begins."""
+        if self.uploads is not None:
+            self.uploads.begin_token(self._slots.numbers >= 0)
+
+    def reserve(self, layer: int, uploads: Sequence[Upload]) -> None:
+        """Lets experts that `stream` is to copy have their victims' slots; the victims are gone at once."""
+        for upload in uploads:
+            if upload.victim is not None:
+                self._reserved[layer, upload.expert] = self.slot(upload.victim)
+                self._slots.numbers[upload.victim] = -1
+
+    def settle(self) -> list[Key]:
+        """Lets experts with reserved slots be here, and returns them; what was given up leaves its slot free."""
+        arrived = [key for key in self._reserved if key in self._written]
+        for key, slot in self._reserved.items():
+            if key in self._written:
+                self._slots.numbers[key] = slot
+                self._slots.n_arrived[key[0]] += 1
+                self.n_swaps += 1
+            else:
+                self._pool(key).give_back(slot)
+        self._reserved.clear()
+        self._written.clear()
+        return arrived
+
     def stream(
         self,
         work: Sequence[tuple[RoutedTokens, Addresses]],
         n_rows: int,
         is_given_up: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Copies experts to slots kept for passing through, and begins to compute their tokens when these are full.
+        """Copies experts to their reserved slots, or to those kept for passing through, and begins to compute them.
 
         Does no more of them as soon as it `is_given_up`.
         """
         for bank, same in groupby(work, lambda one: self._banks[one[0].key]):
-            pool, left = self.pools[bank], list(same)
+            pool, left = self.pools[bank], sorted(same, key=lambda one: one[0].key not in self._reserved)
+            n_reserved = sum(one.key in self._reserved for one, _ in left)
             while left:
-                together, left = left[: pool.n_passing], left[pool.n_passing :]
+                n_together, n_reserved = n_reserved + pool.n_passing, 0
+                together, left = left[:n_together], left[n_together:]
                 slots = []
                 for one, addresses in together:
                     if is_given_up():
                         return
-                    slots.append(pool.next_passing())
+                    slot = self._reserved.get(one.key)
+                    slots.append(pool.next_passing() if slot is None else slot)
                     pool.write(slots[-1], addresses)
+                    self._written.add(one.key)
                     self.bytes_uploaded += one.copy.n_bytes
                     self.n_streamed += 1
                 pairs = pairs_of([one for one, _ in together], slots)
                 self._graphs.begin([SlotWork(together[0][0].key[0], bank, *pairs)], n_rows)
+
+    def decide(self, policy: Policy, times: LinkTimes, beside: tuple[float, float], n_used: int) -> None:
+        """Chooses what becomes of missed experts, of which a token selects `n_used` in a layer.
+
+        `beside` are the seconds of the host's expert and of a copy while the other is under way.
+        """
+        host, device, copy = times.host.one, times.device.one, times.copy_seconds
+        costs = UploadCosts(host, device, copy, max(host, beside[0]), max(copy, beside[1]))
+        self.times, self.choice = times, choose_exchange(costs, n_used)
+        self.swaps = SlotExchange(policy, SwapRule(costs.gain, copy), self.bank_of)
+        if self.choice.mode == "upload" and policy.in_uses_per_token:
+            self.uploads = LayerUploads(policy, costs, self.kinds)
 
     # --- measuring ------------------------------------------------------------------------------------------
 

@@ -65,6 +65,8 @@ class MoEStep:
         # A device that fills its slots over the link would keep the CPU from its own experts.
         self._link = ThreadPoolExecutor(1, "link")
         self._is_decode = np.zeros(0, np.bool_)
+        self._is_token = False
+        self._arrived, self._exchanged = list[Key](), list[Key]()
 
     @property
     def compute_bytes(self) -> int:
@@ -79,6 +81,11 @@ class MoEStep:
             self._hit_path.begin()
         self._missed.clear()
         self._lowered.clear()
+        self._arrived.clear()
+        self._exchanged.clear()
+        self._is_token = batch.n_tokens == 1 and bool(self._is_decode[0])
+        for device in self._devices if self._is_token else ():
+            device.begin_token()
         if self._lossy is not None:
             self._lossy.begin(batch.n_tokens)
         if self._trace is not None:
@@ -162,7 +169,10 @@ class MoEStep:
             self._missed.append((index, absent if n_rows == 1 else np.unique(absent)))
         hosts = selected.copy()
         hosts.ravel()[columns[is_there]] = _ELSEWHERE
-        streamed = self._choose_streamed(index, there, hosts, copies) if n_rows > 1 else []
+        if n_rows > 1:
+            streamed = self._choose_streamed(index, there, hosts, copies)
+        else:
+            streamed = self._choose_uploaded(index, absent, hosts, copies, len(there))
         for one in streamed:
             hosts.ravel()[one.columns] = _ELSEWHERE
         on_host = np.flatnonzero(hosts >= 0)
@@ -172,7 +182,8 @@ class MoEStep:
         if there.size:
             device.begin(index, there, columns[is_there], n_rows, is_token=n_rows == 1 and not banks.may_repeat)
         with self._streaming(device, streamed, n_rows):
-            self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, there)
+            elsewhere = np.append(there, [one.key[1] for one in streamed]) if streamed else there
+            self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, elsewhere)
         if on_host.size:
             device.write(on_host, host.read("outputs", int(on_host[-1]) + 1, shape.n_embd)[on_host])
 
@@ -204,6 +215,35 @@ class MoEStep:
         chosen = choose_streams([len(one.columns) for one in here], n_device, device.times)
         return [here[number] for number in chosen[:n_most]]
 
+    def _choose_uploaded(
+        self,
+        index: int,
+        absent: NDArray[np.int64],
+        hosts: NDArray[np.int64],
+        copies: NDArray[np.int64] | None,
+        n_here: int,
+    ) -> list[RoutedTokens]:
+        """Which of a single token's `absent` experts, that `hosts` leaves to the host, the device gets now.
+
+        Those that are to stay have their slots reserved.
+        """
+        device, layer, banks = self.parts[index].experts, self.layers[index], self._host_experts.banks[index]
+        assert layer is not None
+        assert banks is not None
+        assert device is not None
+        if device.uploads is None or not self._is_token or banks.may_repeat or not absent.size:
+            return []
+        here = {
+            one.key[1]: one
+            for one in group_by_expert(index, layer, hosts, copies)
+            if not one.copy_index and device.bank_of(one.key) is not None and self._host_experts.has(one.key)
+        }
+        chosen = device.uploads.choose(index, np.array([*here], np.int64), n_here, len(absent) - len(here))
+        chosen = chosen[: max(0, self._host_experts.n_free_to_pin - 1)]
+        device.reserve(index, chosen)
+        self._exchanged += [upload.victim for upload in chosen if upload.victim is not None]
+        return [here[upload.expert] for upload in chosen]
+
     @contextmanager
     def _streaming(self, device: DeviceExperts, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
         """Streams experts while the host does its own; nobody else may use the device meanwhile."""
@@ -220,7 +260,10 @@ class MoEStep:
                 given_up.set()
                 raise
             finally:
-                streaming.result()
+                try:
+                    streaming.result()
+                finally:
+                    self._arrived += device.settle()
 
     def end(self) -> None:
         """A step is complete: what is worth more than what a device has takes its place."""
@@ -232,9 +275,12 @@ class MoEStep:
         if self._hit_path is not None:
             self._hit_path.flush(self._policy, self._uses)
         missed = [(layer, expert) for layer, experts in self._missed for expert in experts.tolist()]
+        host = self._host_experts
+        for newcomer, victim in zip(self._arrived, self._exchanged, strict=False):
+            host.replace(newcomer, victim)
         for device in self._devices:
-            host = self._host_experts
-            swaps = [] if device.swaps is None else device.swaps.choose(device, missed, host.has)
+            is_done = device.swaps is None or (self._is_token and device.uploads is not None)
+            swaps = [] if is_done or device.swaps is None else device.swaps.choose(device, missed, host.has)
             for victim, newcomer in swaps:
                 device.put(newcomer, host.addresses(newcomer), victim)
                 host.replace(newcomer, victim)

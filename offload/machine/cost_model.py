@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.machine.speed import MachineSpeed, ProcessorSpeed
-from slimoe.offload.machine.workload import Matrices, Workload
+from slimoe.offload.machine.workload import Workload
 
 LOOK_AHEAD = 0.6
 """Share of the missed experts whose reads begin before they are selected: 0.56 to 0.71 were measured.
@@ -157,9 +157,12 @@ class _Setting:
         pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
         n_before = len(load.attention_layers) - n_last
         attention = (n_before * pairs + n_last * pairs_of_last) * main.pair_seconds(step.n_tokens)
-        inner = (1 - last) * _seconds(main, load.dense, step.n_tokens)
+        inner = (1 - last) * main.matrix_seconds(load.dense, step.n_tokens)
         return (
-            inner + last * _seconds(main, load.dense, step.n_out) + _seconds(main, load.output, step.n_out) + attention
+            inner
+            + last * main.matrix_seconds(load.dense, step.n_out)
+            + main.matrix_seconds(load.output, step.n_out)
+            + attention
         )
 
     def op_seconds(self) -> float:
@@ -196,11 +199,11 @@ class _Setting:
         return _Layer(layer.seconds + cut, tiers)
 
     def _experts(self, n_tokens: int, visited: float, n_pairs: float, share: float) -> _Layer:
-        on_cpu = _seconds(self.speed.cpu, self.load.expert, n_pairs)
+        on_cpu = self.speed.cpu.matrix_seconds(self.load.expert, n_pairs)
         if not self.device:
             assert not share, "experts on a device that is not used"
             return _Layer(visited * on_cpu, {CPU: visited * on_cpu})
-        on_device = _seconds(self.main, self.load.expert, n_pairs)
+        on_device = self.main.matrix_seconds(self.load.expert, n_pairs)
         tiers = {self.device: visited * share * on_device, CPU: visited * (1 - share) * on_cpu}
         if n_tokens == 1:
             # The expected time of the slower side, where each expert is on the device with probability `share`.
@@ -246,10 +249,6 @@ class _Setting:
             n_read = n_tokens * (load.n_expert + load.n_used + load.n_embd * (by_cpu if n_tokens > 1 else 1.0))
             seconds += 4 * n_read / link.from_device + 4 * load.n_embd * n_selected * (1 - share) / link.to_device
         return seconds
-
-
-def _seconds(processor: ProcessorSpeed, matrices: Matrices, n_rows: float) -> float:
-    return sum(processor.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
 
 
 def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: int, n_used: int) -> NDArray[np.float64]:

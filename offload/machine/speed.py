@@ -97,6 +97,10 @@ class ProcessorSpeed:
         """Seconds for matrices of `n_bytes` in all, each multiplied with `n_rows` rows."""
         return self.kernels[kernel.name].seconds(n_bytes, n_rows)
 
+    def matrix_seconds(self, matrices: Mapping[MatrixKernel, float], n_rows: float) -> float:
+        """Seconds for the bytes of matrices by kernel, each multiplied with `n_rows` rows."""
+        return sum(self.seconds(kernel, n_bytes, n_rows) for kernel, n_bytes in matrices.items())
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:

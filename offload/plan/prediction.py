@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
@@ -13,6 +13,7 @@ from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
+from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
 from slimoe.offload.machine.workload import workload
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
@@ -24,12 +25,16 @@ TYPICAL_PAST = 512
 
 @dataclass(frozen=True, slots=True)
 class PlanPrediction:
-    """The speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens."""
+    """The speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens.
+
+    `exchange` says by device what becomes of experts that it lacks, of those that lack some.
+    """
 
     decode: Prediction
     n_past: int
     prefill: Prediction
     n_prompt: int
+    exchange: Mapping[str, ExchangeChoice] = field(default_factory=dict)
 
 
 def measure_machine(
@@ -86,12 +91,25 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
     where = expert_placement(plan)
     slowest = [_slowest(plan, speed, where, step) for step in (decode, prefill)]
-    return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt)
+    return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt, _exchange(plan, speed))
 
 
 def known_as(device: Device) -> str:
     """The name that tells a device from others, also at the next start."""
     return f"{device.name} ({device.description})"
+
+
+def _exchange(plan: EnginePlan, speed: MachineSpeed) -> dict[str, ExchangeChoice]:
+    """What the engine will choose, as far as it can be told from each side's speed while the other is idle."""
+    load = workload(plan.spec, plan.sources, plan.layers)
+    on_host = speed.cpu.matrix_seconds(load.expert, 1)
+    choices = {}
+    for name, device in ((known_as(device.device), device) for device in plan.devices):
+        if not device.is_whole and load.expert:
+            copy = sum(load.expert.values()) / speed.links[name].to_device
+            costs = UploadCosts(on_host, speed.devices[name].matrix_seconds(load.expert, 1), copy, on_host, copy)
+            choices[name] = choose_exchange(costs, load.n_used)
+    return choices
 
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:

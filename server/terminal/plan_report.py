@@ -89,6 +89,7 @@ class PlanReport:
             _speed(f"answers, after {one.n_past} tokens", one.decode),
             _speed(f"prompts, {one.n_prompt} at a time", one.prefill),
         ]
+        lines += [_row(name, choice.reason) for name, choice in one.exchange.items()]
         if alone is None:
             return lines
         speeds = f"answers about {alone.decode.tokens_per_second:.1f} tokens/s, prompts"
@@ -185,6 +186,7 @@ def _phases(one: PlanPrediction | None) -> dict[str, Any] | None:
     return {
         "decode": {"n_past": one.n_past, **_phase(one.decode)},
         "prefill": {"n_tokens": one.n_prompt, **_phase(one.prefill)},
+        "exchange": {name: {"mode": choice.mode, "reason": choice.reason} for name, choice in one.exchange.items()},
     }
 
 

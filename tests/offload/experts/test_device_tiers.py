@@ -103,6 +103,7 @@ def set_rule(engine: Engine, rule: SwapRule) -> None:
     for device in engine.device_experts:
         assert device.swaps is not None
         device.swaps.rule = rule
+        device.uploads = None
 
 
 def set_times(engine: Engine, host_seconds: float) -> None:

@@ -136,6 +136,11 @@ def test_an_engine_puts_on_a_device_what_the_plan_says(model: Path) -> None:
         assert where.device_share == pytest.approx(where.on_devices[0] / 24)
         assert where.by_layer == pytest.approx((1.0, 1 / 6, 0.0, 0.0))
         assert where.disk_share == pytest.approx(0)
+        name = known_as(plan.devices[0].device)
+        chosen = predict_plan(plan, machine_for(plan, name)).exchange[name]
+        copy, gain = EXPERT_BYTES / machine_for(plan, name).links[name].to_device, EXPERT_BYTES * (1e-9 - 1e-10)
+        assert f"an upload takes {1e3 * copy:.2g} ms, saves {1e3 * gain:.2g} ms per use" in chosen.reason
+        assert not predict_plan(whole, machine_for(whole, name)).exchange
         with closing(Engine.open(reconfigured(config, vram=(part,)))) as engine:
             assert on_devices(engine) == list(where.on_devices)
             assert engine.counters()["bytes_uploaded"] > 0

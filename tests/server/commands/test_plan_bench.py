@@ -11,15 +11,18 @@ import pytest
 from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.machine.cost_model import Prediction
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import MachineSpeed, Overheads
+from slimoe.offload.machine.upload_costs import ExchangeChoice
 from slimoe.offload.plan import machine
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.prediction import known_as
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
+from slimoe.offload.plan.prediction import PlanPrediction, known_as
 from slimoe.server.cli import run
 from slimoe.server.commands import plan
 from slimoe.server.options.engine_options import DEMO
+from slimoe.server.terminal.plan_report import PlanReport
 from tests.models.configs import engine_config
 from tests.models.live_server import DEADLINE, slimoe
 from tests.models.measured_machine import machine_for
@@ -228,6 +231,15 @@ def test_what_other_programs_disturb_is_measured_once_and_told(
         tell(*words, measure=measure)
     assert "disturbed" not in capsys.readouterr().err
     assert measured == ["kernels"] * 3
+
+
+def test_what_becomes_of_experts_that_a_card_lacks_is_told(tmp_path: Path) -> None:
+    one = Prediction(1.0, 1.0, "cpu", {"cpu": 1.0})
+    choice = ExchangeChoice("static", "experts on the card stay: an upload takes 12 ms, saves 0.3 ms per use")
+    plan = plan_engine(engine_config(write_tiny_gguf(tmp_path / "m.gguf", None), n_ctx=64))
+    report = PlanReport(plan, PlanPrediction(one, 1, one, 1, {"GPU0": choice}))
+    assert [line for line in report.speed_lines() if line.startswith("GPU0 ") and line.endswith(choice.reason)]
+    assert report.as_json()["prediction"]["exchange"] == {"GPU0": {"mode": "static", "reason": choice.reason}}
 
 
 def test_a_model_that_needs_the_other_machine_is_compared_with_nothing(
