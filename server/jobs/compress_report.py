@@ -122,7 +122,7 @@ def _n_constants(layer: LayerPlan) -> int:
 
 def work_lines(work: CompressWork) -> list[str]:
     """A table of layers and projections, equal neighbours in one row, and the file as a whole."""
-    head = ("layers", "attention q k v o", "experts", "gate", "up", "down", "dense or shared", "each layer")
+    head = ("layers", _attention_head(work.plan), "experts", "gate", "up", "down", "dense or shared", "each layer")
     rows = [head, *_layer_rows(work)]
     if all(row[3] == row[4] for row in rows[1:]):
         rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
@@ -172,6 +172,12 @@ def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
         rows.append((layer.block, (attention, _experts(work, layer), *projections, others, human(sizes[index]))))
     for row, group in groupby(rows, key=lambda pair: pair[1]):
         yield (_numbers([block for block, _ in group]), *row)
+
+
+def _attention_head(plan: CompressPlan) -> str:
+    """`attention q k v o`, or what else the layers' matrices are called (latent attention has other ones)."""
+    names = {role: role.removeprefix("attn_") for layer in plan.layers for role in _attention(layer)}
+    return " ".join(("attention", *("o" if name == "output" else name for name in names.values())))
 
 
 def _joined(kinds: Mapping[str, str]) -> str:

@@ -193,6 +193,18 @@ def test_the_plan_tells_dense_layers_and_shared_experts(tmp_path: Path, capsys: 
     assert [*shared] == ["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"]
 
 
+def test_the_plan_names_the_matrices_of_latent_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = FineShape(n_layer=2, n_expert=8, n_expert_used=4)
+    source = write_family(tmp_path / "m.gguf", "deepseek2", shape=shape, words=("re", "in"))
+    asked: Arguments = ["plan", source, "--drop-layers", "0", "--type", "q8_0"]
+    status, out, err = told(asked, capsys)
+    assert status == 0, err
+    assert out.startswith("layers  attention q_a q_b kv_a_mqa k_b v_b o  experts")
+    assert [*json.loads(told([*asked, "--json"], capsys)[1])["layers"][0]["attention"]] == [
+        *("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_k_b", "attn_v_b", "attn_output")
+    ]
+
+
 def test_what_the_plan_keeps_is_in_the_file(
     model: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
