@@ -122,7 +122,7 @@ STOCK_CANNOT = {
     "second copies": (lambda layer: _first_expert(layer, ExpertPlan((0,), (F32,) * 3, (Q8_0,) * 3)), "second copies"),
     "narrower expert": (
         lambda layer: _first_expert(layer, replace(layer.experts[0], kept=np.arange(64))),
-        "and 96 in layer 1",
+        "those of layer 0 have 96",
     ),
     "aliases": (
         lambda layer: replace(layer, experts=layer.experts[:5], target=(0, 1, 2, 3, 4, 4)),
