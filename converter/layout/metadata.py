@@ -110,8 +110,6 @@ def own_metadata(
         values[keys.SOURCE_BLOCKS] = blocks
     if statistics is not None:
         values |= {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
-    if plan.expected_kl is not None and not plan.uncounted:
-        values[keys.EXPECTED_KL] = float(plan.expected_kl)
     values |= spec.metadata() | dict(plan.provenance)
     if plan.format == "native":
         alignment = ALIGNMENT if 3 * spec.n_ff * spec.n_embd >= _SMALL_EXPERT else DEFAULT_ALIGNMENT

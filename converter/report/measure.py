@@ -185,7 +185,7 @@ class ReportMaker:
             evaluated_on=_evaluated_on(self.texts),
             quality=summarise(compared),
             low_quality=low,
-            expected_kl=self._expected_kl(),
+            expected_kl=self.plan.expected_kl if self.plan else known.expected_kl if known else None,
             expected_lacks=self.expected_lacks,
             blocks=block_facts(self.target, self.source, self.layer_map),
             block_kl=block_kl,
@@ -262,15 +262,6 @@ class ReportMaker:
         n_tokens = min(self.settings.n_written, max(1, model.spec.n_ctx_train - _PROMPT_TOKENS))
         found = check_generation(continue_, prompts, n_tokens, ends)
         return Writing(len(prompts), found.n_looped, found.n_ended, found.distinct, n_tokens)
-
-    def _expected_kl(self) -> float | None:
-        """The plan's, or what an earlier report or the file itself keeps of it."""
-        if self.plan is not None:
-            return self.plan.expected_kl
-        kept = self.metadata.get(keys.EXPECTED_KL)
-        if self.known is None and isinstance(kept, float) and math.isfinite(kept):
-            return kept
-        return self.known.expected_kl if self.known else None
 
     def _cloze(self, compared: Comparison) -> dict[str, Cloze]:
         if keys.TOKENS not in self.source.metadata:

@@ -49,19 +49,8 @@ QUALITY = "slimoe.quality"
 """What the file was measured to have lost against its source, as JSON."""
 HEALED = "slimoe.healed"
 """What healing reached, as JSON: the KL divergence on held-out calibration text before and after it, or would have."""
-EXPECTED_KL = "slimoe.expected_kl"
-"""The KL divergence against its source, in nats per token, that its plan expected, where it counted everything."""
 IMATRIX = (IMATRIX_FILE, IMATRIX_DATASET, IMATRIX_ENTRIES, IMATRIX_CHUNKS)
-PROVENANCE = (
-    SLIMOE_VERSION,
-    RECIPE,
-    SOURCE_HASH,
-    SOURCE_BLOCKS,
-    CALIBRATION_HASH,
-    CALIBRATION_TOKENS,
-    EXPECTED_KL,
-    *IMATRIX,
-)
+PROVENANCE = (SLIMOE_VERSION, RECIPE, SOURCE_HASH, SOURCE_BLOCKS, CALIBRATION_HASH, CALIBRATION_TOKENS, *IMATRIX)
 """The keys that say where a file is from; those of tasks go on to what is made of it."""
 CARRIED = (CALIBRATION_HASH, CALIBRATION_TOKENS, SPECIALISED)
 """The keys of what a model was measured on and made for, which a source hands on."""

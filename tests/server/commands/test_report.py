@@ -155,18 +155,9 @@ def test_texts_are_looked_at_before_the_work(
     assert not target.exists()
 
 
-def test_a_report_can_be_left_out_and_made_later(
-    moe_checkpoint: Path, stats: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The file itself keeps what was expected of it."""
-    target, before = tmp_path / "m.gguf", {path.name for path in tmp_path.iterdir()}
-    assert convert(moe_checkpoint, target, stats, "--no-report") == 0
-    assert {path.name for path in tmp_path.iterdir()} - before == {"m.gguf"}
-    told = json.loads(capsys.readouterr().out)
-    arguments = [moe_checkpoint, target, "--eval-text", text, "--eval-tokens", "200", "--threads", "1"]
-    assert run(["report", *map(str, arguments)]) == 0
-    report = json.loads(report_paths(target)["json"].read_text())
-    assert report["expected_kl"] == pytest.approx(told["expected_kl"], rel=1e-6)
+def test_a_report_can_be_left_out(moe_checkpoint: Path, stats: Path, tmp_path: Path) -> None:
+    assert convert(moe_checkpoint, tmp_path / "m.gguf", stats, "--no-report") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_an_interrupted_report_leaves_the_file(
