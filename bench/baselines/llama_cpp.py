@@ -24,7 +24,7 @@ EvalCallback = Any
 """A function of the C type `llama.ggml_backend_sched_eval_callback`."""
 _ALL_LAYERS = 1 << 16
 _NO_CALLBACK = llama.ggml_backend_sched_eval_callback()
-_SILENT = llama.llama_log_callback(lambda _level, _text, _data: None)
+SILENT = llama.llama_log_callback(lambda _level, _text, _data: None)
 FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "IQ2_M": 29, "IQ3_XXS": 23, "IQ4_XS": 30}
 """llama.cpp's numbers of the mixes that are compared with. Those of IQ types are meant to have an importance matrix."""
 
@@ -150,7 +150,7 @@ def llama_quantize(
     `importance` has the mean squares of what each tensor reads, float32 [matrices, n_per_row]. `output_type` is that
     of the output matrix where it is not the mix's. Raises QuantizerError.
     """
-    llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    llama.llama_log_set(SILENT, ctypes.c_void_p(0))
     params = llama.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.pure = file_type, n_threads, pure
     if output_type is not None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
+from bench.baselines.llama_cpp import SILENT
 from bench.limits.isolated_run import BASELINES, OURS
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import SlimoeError
@@ -126,7 +127,7 @@ class LlamaCppStreams:
 
 def run_llama_cpp(job: StreamJob) -> StreamOutcome:
     """llama.cpp's sequences, one batch for all of them."""
-    llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    llama.llama_log_set(SILENT, ctypes.c_void_p(0))
     with closing(LlamaCppStreams(job)) as streams:
         prompts = job.prompts
         answers = []
@@ -141,11 +142,6 @@ def run_llama_cpp(job: StreamJob) -> StreamOutcome:
                 answer.append(token)
         n_timed = job.n_streams * (job.n_tokens - job.n_warm)
         return StreamOutcome(n_timed / (time.perf_counter() - begin), answers)
-
-
-@llama.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes' own
-def _SILENT(level: int, text: bytes, _: int | None) -> None:
-    pass
 
 
 def main() -> None:

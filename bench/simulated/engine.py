@@ -3,6 +3,7 @@
 Its classes are asked in the order in which a step asks them, with the seconds that it would have measured there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +45,8 @@ class _Residents:
     def __init__(self, is_here: NDArray[np.bool_]) -> None:
         self.is_here = is_here
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return map(tuple, np.argwhere(self.is_here).tolist())
+    def __iter__(self) -> Iterator[Key]:
+        return ((layer, expert) for layer, expert in np.argwhere(self.is_here).tolist())
 
     def __contains__(self, key: Key) -> bool:
         return bool(self.is_here[key])

@@ -26,6 +26,7 @@ from slimoe.converter.quant.block_grid import Grid, grid_of, unshifted, with_cod
 from slimoe.converter.quant.block_scales import fitted_scales
 from slimoe.converter.quant.quantize import check_values, dequantize_rows
 from slimoe.converter.quant.scale_refit import RunScales, can_refit
+from slimoe.offload.ggml.cpu_features import processor_features
 
 _DAMP = 0.03
 """Of the Hessian's mean diagonal, added to its diagonal."""
@@ -228,7 +229,7 @@ def product_type(device: torch.device) -> torch.dtype:
 
     They say what codes should make up for, and what is then left is known exactly.
     """
-    is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    is_fast = device.type == "cpu" and "AVX512_BF16" in (processor_features() or ())
     return torch.bfloat16 if is_fast else torch.float32
 
 

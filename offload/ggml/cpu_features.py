@@ -1,4 +1,4 @@
-"""Instructions of the processor, and those that the library was compiled for. Apart: no engine asks for them."""
+"""Instructions of the processor, and those that the library was compiled for."""
 
 import contextlib
 import ctypes
