@@ -156,7 +156,7 @@ def run_case(job: Job, share: float, policy: str, expected: Sequence[Logits], tr
     with closing(Engine.open(config)) as engine:
         (device,) = engine.device_experts
         assert device.swaps is not None
-        device.uploads = None  # the replay decides between tokens
+        device.uploads = device.watch = None  # the replay decides between tokens, by one rule
         if job.rule == "card":
             device.swaps.rule = CARD.swap_rule(max(copy.n_bytes for copy in device.copies.values()))
         rule, plan = device.swaps.rule, engine.plan

@@ -14,9 +14,10 @@ from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.constant_experts import read_constant_experts
-from slimoe.offload.experts.device_experts import DeviceExperts, LinkTimes, fastest, measure_beside, measure_times
+from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
+from slimoe.offload.experts.device_watch import LinkProbes, choose_and_watch
 from slimoe.offload.experts.hit_path import HitPath
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs, HostVectors
@@ -349,9 +350,11 @@ class _Opening:
             self._on_devices if devices else None,
             None if lossy is None else lossy.prefetch_copy,
         )
-        for part in parts:
+        for device, part in zip(plan.devices, parts[1:], strict=True):
             if part.experts is not None:
-                self._measure(part, part.experts, host_pool, host_experts)
+                probes = LinkProbes(part.exchange, part.experts, host_experts)
+                n_used = max(1, plan.spec.n_expert_used)
+                choose_and_watch(device.device.name, part.experts, self._policy, probes, plan.n_batch, n_used)
         constants, trace, uses = read_constant_experts(plan.gguf, plan.layers), None, self._carried.uses
         if self._config.trace is not None:
             experts = (() if layer is None else layer.experts for layer in plan.layers)
@@ -375,25 +378,3 @@ class _Opening:
             return None
         constants = read_constant_experts(plan.gguf, plan.layers)
         return SingleTokenSteps(spec, part, self._rows, plan.layers, constants, host_pool, told, self._single)
-
-    def _measure(self, part: DevicePart, device: DeviceExperts, host_pool: HostPool, host: HostExperts) -> None:
-        """Measures how long it takes to move an expert to a device, and what that gains."""
-        able = {key: bank for key in device.copies if (bank := device.bank_of(key)) is not None}
-        if not able:
-            return
-
-        def wait() -> None:
-            """Reads a number: an RPC server has then done all before, of which others only know that it was sent."""
-            part.exchange.read("positions", 1)
-
-        key = next((key for key in able if host.has(key)), next(iter(able)))
-        host_pool.pin({key})
-        bank, n_batch = able[key], self._plan.n_batch
-        addresses = host.addresses(key)
-        copy_seconds = fastest(lambda: device.copy_passing(addresses, bank), wait)
-        there = measure_times(lambda n: device.run_passing(bank, n), n_batch, wait)
-        here = measure_times(lambda n: host.run_one(key, n), n_batch)
-        beside = measure_beside(lambda: host.run_one(key, 1), lambda: device.copy_passing(addresses, bank), wait)
-        host_pool.pin(set())
-        times = LinkTimes(here, there, copy_seconds)
-        device.decide(self._policy, times, beside, max(1, self._plan.spec.n_expert_used))

@@ -1,29 +1,23 @@
 """Experts in a device's slots: computed there while the CPU does the others, and exchanged when that pays."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from threading import Event
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.cache.device_pool import Bank, DeviceSlots, Pools, SlotPool
 from slimoe.offload.cache.host_slots import Addresses
-from slimoe.offload.cache.policy import Policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens, pairs_of
-from slimoe.offload.cache.swap import SlotExchange, SwapRule
+from slimoe.offload.cache.swap import SlotExchange
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
 from slimoe.offload.experts.layer_uploads import LayerUploads, Upload
-from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
+from slimoe.offload.machine.upload_costs import ExchangeChoice
+from slimoe.offload.machine.watchdog import Watchdog
 from slimoe.offload.model.experts import ExpertCopy
-
-_ROUNDS = 3
-_MANY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,59 +34,9 @@ class ExpertTimes:
             return self.one * n_tokens
         return max(0.0, self.one + (self.many - self.one) * (n_tokens - 1) / (self.n_many - 1))
 
-
-def measure_times(run: Callable[[int], None], n_batch: int, wait: Callable[[], None] | None = None) -> ExpertTimes:
-    """Times `run`, which computes an expert for a number of tokens, at most `n_batch`: the fastest of several runs.
-
-    `wait` returns when what `run` has begun is done. What it takes when there is nothing to wait for does not count: a
-    step waits once for all experts.
-    """
-    n_many = min(_MANY, n_batch)
-    return ExpertTimes(fastest(partial(run, 1), wait), fastest(partial(run, n_many), wait), n_many)
-
-
-def fastest(run: Callable[[], None], wait: Callable[[], None] | None = None) -> float:
-    """The least seconds of several runs, until all is done, without those of a `wait` for nothing."""
-    taken, idle = [], []
-    for _ in range(_ROUNDS + 1):  # the first builds the graph
-        begin = time.perf_counter()
-        run()
-        if wait is not None:
-            wait()
-        taken.append(time.perf_counter() - begin)
-        if wait is not None:
-            begin = time.perf_counter()
-            wait()
-            idle.append(time.perf_counter() - begin)
-    return max(0.0, min(taken[1:]) - min(idle, default=0.0))
-
-
-def measure_beside(
-    run: Callable[[], None], copy: Callable[[], None], wait: Callable[[], None] = lambda: None
-) -> tuple[float, float]:
-    """Seconds of `run` and of `copy` while the other is under way: another thread copies over and over.
-
-    `wait` returns when a copy that has begun is done.
-    """
-    ended = Event()
-
-    def copy_on() -> int:
-        n_copies = 0
-        while not ended.is_set():
-            copy()
-            wait()
-            n_copies += 1
-        return n_copies
-
-    with ThreadPoolExecutor(1, "link") as link:
-        begin = time.perf_counter()
-        copies = link.submit(copy_on)
-        try:
-            seconds = fastest(run)
-        finally:
-            ended.set()
-        n_copies = copies.result()
-    return seconds, (time.perf_counter() - begin) / max(1, n_copies)
+    def at(self, one: float) -> "ExpertTimes":
+        """The times of a side that takes so long for one token now, and for many as much longer or shorter."""
+        return self if not self.one else ExpertTimes(one, self.many * one / self.one, self.n_many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +67,22 @@ def choose_streams(n_host: list[int], n_device: list[int], times: LinkTimes) -> 
     return chosen
 
 
+class Watch(Protocol):
+    """Asks while the engine runs whether the choice of what is exchanged still holds."""
+
+    watchdog: Watchdog
+
+    def step(self, seconds: float, *, is_token: bool) -> None:
+        """A step took so many seconds, from its beginning until its logits were there."""
+
+
 class DeviceExperts:
     """One device's slots. `copies` are those that its layers could have here, `slots` tells where those are that do.
 
     Counters since it was opened: `hits` selected experts computed here (once per token), `bytes_uploaded`, `n_swaps`,
     and `n_streamed` experts that were copied here for one layer of a step. `times`, `swaps` and `choice` are None until
-    measured: nothing is streamed or exchanged. `uploads` is None where single tokens copy nothing within a layer.
+    measured: nothing is streamed or exchanged. `uploads` is None where single tokens copy nothing within a layer,
+    `watch` where nobody asks whether the choice still holds.
     """
 
     def __init__(self, pools: Pools, graphs: SlotGraphs, copies: Mapping[Key, ExpertCopy], slots: DeviceSlots) -> None:
@@ -153,6 +107,7 @@ class DeviceExperts:
         self.swaps: SlotExchange | None = None
         self.uploads: LayerUploads | None = None
         self.choice: ExchangeChoice | None = None
+        self.watch: Watch | None = None
         self._reserved: dict[Key, int] = {}
         self._written: set[Key] = set()
         self.hits = self.bytes_uploaded = self.n_swaps = self.n_streamed = 0
@@ -288,18 +243,6 @@ class DeviceExperts:
                     self.n_streamed += 1
                 pairs = pairs_of([one for one, _ in together], slots)
                 self._graphs.begin([SlotWork(together[0][0].key[0], bank, *pairs)], n_rows)
-
-    def decide(self, policy: Policy, times: LinkTimes, beside: tuple[float, float], n_used: int) -> None:
-        """Chooses what becomes of missed experts, of which a token selects `n_used` in a layer.
-
-        `beside` are the seconds of the host's expert and of a copy while the other is under way.
-        """
-        host, device, copy = times.host.one, times.device.one, times.copy_seconds
-        costs = UploadCosts(host, device, copy, max(host, beside[0]), max(copy, beside[1]))
-        self.times, self.choice = times, choose_exchange(costs, n_used)
-        self.swaps = SlotExchange(policy, SwapRule(costs.gain, copy), self.bank_of)
-        if self.choice.mode == "upload" and policy.in_uses_per_token:
-            self.uploads = LayerUploads(policy, costs, self.kinds)
 
     # --- measuring ------------------------------------------------------------------------------------------
 

@@ -286,6 +286,12 @@ class MoEStep:
                 host.replace(newcomer, victim)
         self._policy.end_token()
 
+    def watch(self, seconds: float) -> None:
+        """The step's logits are there, so many seconds after it began: devices ask whether their choices still hold."""
+        for device in self._devices:
+            if device.watch is not None:
+                device.watch.step(seconds, is_token=self._is_token)
+
     def close(self) -> None:
         """Frees the graphs and ends the trace."""
         self._link.shutdown()

@@ -1,5 +1,6 @@
 """Runs steps of a model that is not resident in one memory: segment, MoE step, segment, MoE step, ..., logits."""
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class TieredRunner:
         assert batch.n_kv <= self._n_cells
         if batch.n_tokens == 1 and self._single is not None and self._single.is_ready():
             return self._single.run(batch, is_cancelled)
-        shape = (batch.n_tokens, batch.n_kv, batch.n_out)
+        shape, begin = (batch.n_tokens, batch.n_kv, batch.n_out), time.perf_counter()
         self._write_inputs(batch)
         if self._moe_step is not None:
             self._moe_step.begin(batch)
@@ -122,6 +123,8 @@ class TieredRunner:
             return ggml.array_at(ggml.ggml_get_data(prepared.logits), np.float32, batch.n_out, self.spec.n_vocab)
         logits = np.empty((batch.n_out, self.spec.n_vocab), np.float32)
         part.backend.get(prepared.logits, logits)
+        if self._moe_step is not None:
+            self._moe_step.watch(time.perf_counter() - begin)
         return logits
 
     def _write_inputs(self, batch: Batch) -> None:

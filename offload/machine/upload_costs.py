@@ -84,11 +84,11 @@ class ExchangeChoice:
 
 def choose_exchange(costs: UploadCosts, n_used: int) -> ExchangeChoice:
     """The choice for a model whose tokens select `n_used` experts of a layer."""
-    upload = f"an upload takes {_ms(costs.copy)}"
+    upload = f"an upload takes {shown_ms(costs.copy)}"
     if not costs.gain:
-        on_host, there = _ms(costs.host), _ms(costs.device)
+        on_host, there = shown_ms(costs.host), shown_ms(costs.device)
         return ExchangeChoice("static", f"experts on the card stay: one takes {there} there, {on_host} on the CPU")
-    saved = f"saves {_ms(costs.gain)} per use"
+    saved = f"saves {shown_ms(costs.gain)} per use"
     if not costs.worth(1.0) > costs.copy:
         return ExchangeChoice("static", f"experts on the card stay: {upload}, {saved}")
     if costs.copy < _HIDDEN_BY * n_used * costs.host:
@@ -96,5 +96,6 @@ def choose_exchange(costs: UploadCosts, n_used: int) -> ExchangeChoice:
     return ExchangeChoice("swap", f"experts change places between tokens when that pays: {upload}, {saved}")
 
 
-def _ms(seconds: float) -> str:
+def shown_ms(seconds: float) -> str:
+    """Milliseconds for a person, two digits of them."""
     return f"{1e3 * seconds:.2g} ms" if seconds < 0.0995 else f"{1e3 * seconds:.0f} ms"

@@ -54,7 +54,7 @@ def test_steps_of_several_requests_move_as_replayed(tmp_path: Path, policy: str)
     with device_config(config, None) as config, closing(device_engine(config, 0.4)) as engine:
         (device,) = engine.device_experts
         assert device.swaps is not None
-        device.times = device.uploads = None
+        device.times = device.uploads = device.watch = None
         rule = device.swaps.rule = SwapRule(gain_seconds=1.0, cost_seconds=1.0)
         before = device.bytes_uploaded
         answers(engine)

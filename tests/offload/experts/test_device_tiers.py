@@ -103,12 +103,13 @@ def set_rule(engine: Engine, rule: SwapRule) -> None:
     for device in engine.device_experts:
         assert device.swaps is not None
         device.swaps.rule = rule
-        device.uploads = None
+        device.uploads = device.watch = None
 
 
 def set_times(engine: Engine, host_seconds: float) -> None:
     """How long the host is taken to need for an expert, where a device needs no time."""
     for device in engine.device_experts:
+        device.watch = None
         device.times = LinkTimes(ExpertTimes(host_seconds, host_seconds, 2), ExpertTimes(0, 0, 2), 1e-3)
 
 

@@ -11,7 +11,7 @@ from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.cache.device_pool import SlotPool
 from slimoe.offload.cache.host_slots import Addresses
 from slimoe.offload.engine import Engine
-from slimoe.offload.experts.device_experts import measure_beside
+from slimoe.offload.experts.device_watch import measure_beside
 from slimoe.offload.experts.layer_uploads import LayerUploads
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.machine.upload_costs import UploadCosts
@@ -39,7 +39,7 @@ def set_costs(engine: Engine, costs: UploadCosts) -> None:
     """Lets the engine believe that copies cost this."""
     (device,) = engine.device_experts
     assert device.swaps is not None
-    device.uploads = LayerUploads(device.swaps.policy, costs, device.kinds)
+    device.uploads, device.watch = LayerUploads(device.swaps.policy, costs, device.kinds), None
 
 
 @pytest.mark.parametrize("make", [plain_model, mixed_model, tied_model])
