@@ -113,11 +113,10 @@ def test_what_is_at_the_edge_does_not_go_to_and_fro() -> None:
     """A link half as fast and twice as fast in turn, on either side of what makes uploads pay."""
     edge = replace(FAST, copy=0.039, copy_beside=0.04)
     played = Played(Watchdog(edge, N_USED), now=edge)
-    assert played.modes[-1] == "upload"
     for n in range(60):
         played.now = replace(edge, copy=edge.copy * (1.3, 0.8)[n % 2])
         played.run(200)
-    assert played.watchdog.n_changes == 0
+    assert set(played.modes) == {"upload"}
 
 
 @pytest.mark.parametrize("seed", range(5))
