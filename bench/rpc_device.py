@@ -209,7 +209,7 @@ def device_config(config: EngineConfig, device: str | None, link: Link | None = 
         yield changed(config, {"device": device})
         return
     with rpc_server() as server, ExitStack() as stack:
-        endpoint = server.endpoint if link is None else stack.enter_context(shaped_link(server.endpoint, link))
+        endpoint = server.endpoint if link is None else stack.enter_context(shaped_link(server.endpoint, link)).endpoint
         lent = available_devices([endpoint])[-1]
         yield changed(config, {"device": lent.name, "rpc": (endpoint,)})
 

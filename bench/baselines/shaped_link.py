@@ -1,8 +1,9 @@
 """A link between two programs of one machine with a bandwidth and a delay: a proxy before a server, in its own process.
 
-Run as `python -m bench.baselines.shaped_link PORT HOST:PORT 1Gbit,0.2ms`, it serves until standard input ends. Bytes of
-either direction share nothing with those of the other, as on Ethernet and PCIe; all connections through one proxy share
-its two directions. Threads carry them, since an event loop wakes on whole milliseconds only.
+Run as `python -m bench.baselines.shaped_link PORT HOST:PORT 1Gbit,0.2ms`, it serves until standard input ends; a line
+read there is what the link is from then on, and is answered by one. Bytes of either direction share nothing with those
+of the other, as on Ethernet and PCIe; all connections through one proxy share its two directions. Threads carry them,
+since an event loop wakes on whole milliseconds only.
 """
 
 import contextlib
@@ -60,20 +61,36 @@ class Direction:
     """One direction of a link: says when what is sent arrives. The clock is the caller's."""
 
     def __init__(self, link: Link) -> None:
-        self._link, self._lock = link, threading.Lock()
+        self.link, self._lock = link, threading.Lock()
         self.free_at = 0.0
         """When the link has carried all that it was given."""
 
     def arrival(self, now: float, n_bytes: int) -> float:
         """When the last of `n_bytes` arrives that are given to the link now, behind all that it was given before."""
         with self._lock:
-            self.free_at = max(now, self.free_at) + n_bytes / self._link.bytes_per_second
-            return self.free_at + self._link.seconds
+            self.free_at = max(now, self.free_at) + n_bytes / self.link.bytes_per_second
+            return self.free_at + self.link.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ShapedLink:
+    """A proxy that runs: programs reach the server at its `endpoint`, HOST:PORT."""
+
+    endpoint: str
+    process: "subprocess.Popen[bytes]"
+
+    def change(self, link: Link) -> None:
+        """Lets the link be another one for all bytes from now on; those under way arrive as they would have."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{link}\n".encode())
+        self.process.stdin.flush()
+        self.process.stdout.readline()
 
 
 @contextmanager
-def shaped_link(endpoint: str, link: Link) -> Iterator[str]:
-    """Starts a proxy that leads over the link to the server at HOST:PORT, and yields its own HOST:PORT."""
+def shaped_link(endpoint: str, link: Link) -> Iterator[ShapedLink]:
+    """Starts a proxy that leads over the link to the server at HOST:PORT, and ends it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     command = [sys.executable, "-m", "bench.baselines.shaped_link", str(port), endpoint, str(link)]
@@ -82,7 +99,7 @@ def shaped_link(endpoint: str, link: Link) -> Iterator[str]:
             assert process.stdout is not None
             if not process.stdout.readline():
                 raise UsageError(f"The proxy before {endpoint} did not start: see the lines above.")
-            yield f"127.0.0.1:{port}"
+            yield ShapedLink(f"127.0.0.1:{port}", process)
         finally:
             process.kill()
 
@@ -92,7 +109,7 @@ def measured_link(link: Link, n_bytes: int = _N_BYTES) -> Link:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         threading.Thread(target=_answer, args=(server, n_bytes), daemon=True).start()
-        with shaped_link(f"127.0.0.1:{port}", link) as endpoint, _connected(endpoint) as connection:
+        with shaped_link(f"127.0.0.1:{port}", link) as near, _connected(near.endpoint) as connection:
             trips = []
             for _ in range(_N_PINGS):
                 begin = time.perf_counter()
@@ -169,11 +186,11 @@ def _sleep_until(due: float) -> None:
 def main() -> None:
     """Serves as the command line says; never returns."""
     port, endpoint, link = int(sys.argv[1]), sys.argv[2], parse_link(sys.argv[3])
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    there, back = Direction(link), Direction(link)
+    threading.Thread(target=_obey, args=(there, back), daemon=True).start()
     # Linux lets sleepers wake 50 us late, which is half of the shortest delay; threads take this over.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
-    there, back = Direction(link), Direction(link)
     with socket.create_server(("127.0.0.1", port)) as server:
         print("ready", flush=True)
         while True:
@@ -188,8 +205,13 @@ def main() -> None:
             threading.Thread(target=_carry, args=(far, near, back), daemon=True).start()
 
 
-def _end_with_input() -> None:
-    sys.stdin.read()
+def _obey(*directions: Direction) -> None:
+    """Takes the links that standard input names until it ends, and the process with it."""
+    for line in sys.stdin:
+        link = parse_link(line.strip())
+        for direction in directions:
+            direction.link = link
+        print("changed", flush=True)
     os._exit(0)
 
 

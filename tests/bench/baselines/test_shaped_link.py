@@ -60,10 +60,12 @@ def test_every_byte_passes_both_ways_until_one_side_ends() -> None:
 
         thread = threading.Thread(target=echo)
         thread.start()
-        with shaped_link(f"127.0.0.1:{server.getsockname()[1]}", Link(12.5e9, 1e-4)) as endpoint:
-            host, _, port = endpoint.rpartition(":")
+        with shaped_link(f"127.0.0.1:{server.getsockname()[1]}", Link(12.5e9, 1e-4)) as near:
+            host, _, port = near.endpoint.rpartition(":")
             with socket.create_connection((host, int(port)), 30) as connection:
-                connection.sendall(sent)
+                connection.sendall(sent[: len(sent) // 2])
+                near.change(Link(1e9, 1e-4))
+                connection.sendall(sent[len(sent) // 2 :])
                 received = b""
                 while len(received) < len(sent):
                     received += connection.recv(1 << 16)
@@ -75,7 +77,7 @@ def test_every_byte_passes_both_ways_until_one_side_ends() -> None:
 def test_no_server_behind_the_link_is_a_closed_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with shaped_link(f"127.0.0.1:{port}", Link(1e9, 0.0)) as endpoint:
-        host, _, own = endpoint.rpartition(":")
+    with shaped_link(f"127.0.0.1:{port}", Link(1e9, 0.0)) as near:
+        host, _, own = near.endpoint.rpartition(":")
         with socket.create_connection((host, int(own)), 30) as connection:
             assert connection.recv(1) == b""
