@@ -89,7 +89,7 @@ class Engine:
         try:
             return cls(config, plan, progress)
         except (DeviceError, DoesNotFitError) as error:
-            if not plan.devices or config.devices.device != "auto" or config.devices.vram:
+            if not plan.devices or not config.devices.is_automatic:
                 raise
             config = changed(config, {"device": "none", "rpc": ()})
             on_cpu = plan_engine(config, machine and replace(machine, devices=()))

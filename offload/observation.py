@@ -192,7 +192,10 @@ def _memory_use(config: EngineConfig, plan: EnginePlan, model: LoadedModel) -> M
     else:
         program = plan.tiers.program if plan.tiers is not None else forms.program
         by_use = {"weights": held.get("copied", 0), "experts": held.get("host_pool", 0)}
-    by_use |= {"kv": held.get("kv", 0), "compute": held["compute"], "program": max(0, program - plan.reserve)}
+    program = max(0, program - plan.reserve - plan.driver_bytes)
+    by_use |= {"kv": held.get("kv", 0), "compute": held["compute"], "program": program}
+    if plan.driver_bytes:
+        by_use["drivers"] = plan.driver_bytes
     setting = config.memory.ram or "auto"
     places = [MemoryPlace("host", setting, plan.available, plan.reserve, by_use)]
     for index, device in enumerate(plan.devices):

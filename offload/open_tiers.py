@@ -320,8 +320,9 @@ class _Opening:
 
     def _taken(self, untouched: int) -> int:
         """What everything but slots takes; `untouched` are bytes that are allocated, but not yet in use."""
-        plan = self._plan
-        return resident_bytes() + untouched + request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.reserve
+        plan, awaited = self._plan, sum(device.awaited for device in self._plan.devices)
+        steps = request_bytes(plan.spec, plan.n_batch, plan.n_parallel)
+        return resident_bytes() + untouched + awaited + steps + plan.reserve
 
     def _n_slots(self, tiers: TierPlan, taken: int) -> dict[SlotClass, int]:
         """The slots that were planned, or fewer if the program holds more than was planned; raises DoesNotFitError."""

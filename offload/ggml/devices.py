@@ -15,11 +15,29 @@ _SOFTWARE = ("llvmpipe", "SwiftShader")
 
 
 @dataclass(frozen=True, slots=True)
+class DriverMemory:
+    """Bytes of host memory that a driver takes in this process: for the device when it is `opened`, and more for its
+    kernels when they are compiled and run.
+
+    With `is_device_resident` what the device holds counts as this process's own memory as well.
+    """
+
+    opened: int = 0
+    kernels: int = 0
+    is_device_resident: bool = False
+
+    @property
+    def total(self) -> int:
+        """All of it, at most."""
+        return self.opened + self.kernels
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """A device as ggml describes it: its memory in bytes, and ggml's own address of it.
 
     `hardware_id` is the same for one card that two drivers show, empty where it is not known. What a device holds
-    that `shares_host_memory` is taken from the host.
+    that `shares_host_memory` is taken from the host. It `is_lent` by an RPC server, and then its driver is there.
     """
 
     name: str
@@ -30,6 +48,8 @@ class Device:
     is_integrated: bool = False
     shares_host_memory: bool = False
     hardware_id: str = ""
+    is_lent: bool = False
+    driver: DriverMemory = DriverMemory()
 
 
 def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
@@ -126,4 +146,4 @@ def _lent(endpoint: RpcEndpoint) -> Iterable[Device]:
         raise DeviceError(f"The RPC server {endpoint} lends no device. Start it with one, or leave --rpc out.")
     for index in range(ggml_device.ggml_backend_reg_dev_count(registry)):
         handle = ggml_backend_reg_dev_get(registry, index)
-        yield replace(_described(handle), shares_host_memory=endpoint.is_local)
+        yield replace(_described(handle), shares_host_memory=endpoint.is_local, is_lent=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
 from slimoe.offload.graph.weights import LayerWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -47,7 +47,7 @@ class AttentionBuilder:
     ctx: int
     graph: int
     spec: ModelSpec
-    cache: KVCache
+    cache: KVTensors
     shape: StepShape
     inputs: StepInputs
     rope_freqs: int

@@ -1,6 +1,7 @@
 """Keys and values of the tokens read so far, in one buffer that is allocated once."""
 
 from collections.abc import Collection
+from typing import Protocol
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -44,6 +45,13 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: 
 
 def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int]:
     return [layer for layer in spec.attention_layers if layers is None or layer in layers]
+
+
+class KVTensors(Protocol):
+    """The tensors of keys and values of each layer that has some, such as those of a `KVCache`."""
+
+    keys: dict[int, int]
+    values: dict[int, int]
 
 
 class KVCache:

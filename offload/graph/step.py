@@ -22,7 +22,7 @@ from slimoe.offload.graph.expert_ffn import (
     layer_extras,
 )
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
-from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
 from slimoe.offload.graph.router import Selection, add_router, aux_experts, select_experts
@@ -48,7 +48,7 @@ class StepGraph:
 
 
 def build_step(
-    spec: ModelSpec, weights: ModelWeights, cache: KVCache, shape: StepShape, lookup: ExpertLookup | None = None
+    spec: ModelSpec, weights: ModelWeights, cache: KVTensors, shape: StepShape, lookup: ExpertLookup | None = None
 ) -> StepGraph:
     """Builds the graph of one whole step; nothing is allocated for it yet.
 
@@ -111,7 +111,7 @@ class BlockBuilder:
     graph: int
     spec: ModelSpec
     weights: ModelWeights
-    cache: KVCache | None
+    cache: KVTensors | None
     shape: StepShape
     inputs: StepInputs
     ranked: list[tuple[int, int]] | None = None

@@ -5,7 +5,7 @@ import mmap
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,6 +260,13 @@ class WeightStore:
             self._ctx = 0
 
 
+class Tensors(Protocol):
+    """Gives each weight its tensor, such as a `WeightStore`."""
+
+    def weight(self, source: WeightSource, form: Form) -> int:
+        """The tensor of a weight in the form asked for."""
+
+
 FormRule = Callable[[WeightSource], Form]
 """Says in which form a weight is wanted."""
 
@@ -277,7 +284,7 @@ _ABSENT = LayerWeights(None, (), Linear(0), None, None, (), Linear(0))
 
 
 def load_weights(
-    store: WeightStore, sources: ModelSources, form: FormRule, token_embd: int | None = None, subset: WeightSubset = ALL
+    store: Tensors, sources: ModelSources, form: FormRule, token_embd: int | None = None, subset: WeightSubset = ALL
 ) -> ModelWeights:
     """Makes a subset of the weights ready. The token table stays mapped: a step looks up a few of its rows.
 

@@ -15,7 +15,8 @@ from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
-from slimoe.offload.plan.device_support import is_layer_computed, most_stacked, not_computed
+from slimoe.offload.plan.device_steps import StepNeeds, not_computed
+from slimoe.offload.plan.device_support import is_layer_computed, most_stacked
 from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
@@ -72,6 +73,15 @@ class DevicePlan:
         """Bytes of everything on the device."""
         return self.weights + self.kv + self.compute + self.slots
 
+    @property
+    def awaited(self) -> int:
+        """Host memory that its driver will take beyond what is resident once its weights are loaded.
+
+        Less what lies there but is the device's own, which may be more.
+        """
+        driver = self.device.driver
+        return driver.kernels - (self.weights + self.kv if driver.is_device_resident else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceNeeds:
@@ -90,6 +100,11 @@ class DeviceNeeds:
     n_rows: int = 1
     may_be_whole: bool = True
 
+    def lacking(self, device: Device) -> str:
+        """What a device lacks for all but the experts, for a person; empty if it lacks nothing."""
+        step = StepNeeds(self.kv_type, self.n_cells, self.n_batch, self.n_rows)
+        return not_computed(device, self.spec, self.sources, step)
+
 
 Budgeted = Sequence[tuple[Device, int]]
 """Devices, each with its budget in bytes."""
@@ -98,11 +113,11 @@ Budgeted = Sequence[tuple[Device, int]]
 def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[DevicePlan, ...], tuple[str, ...]]:
     """Plans for the devices whose budgets suffice, and notes about those that were left out, the smallest first.
 
-    Also left out are those that do not compute a matrix of the model that is no expert's.
+    Also left out are those that do not compute something of the model beside its experts.
     """
     left, notes = list[tuple[Device, int]](), list[str]()
     for device, budget in devices:
-        if lack := not_computed(device, needs.sources):
+        if lack := needs.lacking(device):
             notes.append(f"Without {device.name}: {lack}")
         else:
             left.append((device, budget))
@@ -120,10 +135,10 @@ def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...
     """Plans for devices, each with its budget in bytes, in proportion to which they get layers.
 
     Raises DoesNotFitError for a budget that does not even hold what a device needs without experts of its own, and
-    DeviceError for a device that does not compute a matrix of the model that is no expert's.
+    DeviceError for a device that does not compute something of the model beside its experts.
     """
     for device, _ in devices:
-        if lack := not_computed(device, needs.sources):
+        if lack := needs.lacking(device):
             raise DeviceError(f"{lack} Use --device none or another device, or a file of other types.")
     used = [(device, budget) for device, budget in devices if budget > 0]
     plans, begin = [], 0

@@ -1,4 +1,4 @@
-"""What a device computes of a model, asked of its driver before anything is planned: by type, shape and size.
+"""What a device computes of a model's experts, asked of its driver before anything is planned: by type, shape and size.
 
 Drivers refuse types that they have no kernels for, and whatever lies in a tensor that is larger than what a shader may
 bind (`maxStorageBufferRange` of Vulkan, 128 MiB on some); a single buffer has a largest size, too. An RPC device says
@@ -17,9 +17,7 @@ from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.expert_ffn import add_expert_ffn, layer_extras
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.experts import MatrixClass, SlotClass
-from slimoe.offload.model.regrouped import join_layers
-from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource
-from slimoe.offload.resources.memory import human
+from slimoe.offload.model.tensors import LayerSources
 
 _N_NODES = 16
 _PADDING = 4096
@@ -43,37 +41,6 @@ def is_layer_computed(device: Device, architecture: Architecture, layer: LayerSo
     return _computes_experts(device, architecture, shapes, matrices[0].ne[2])
 
 
-def not_computed(device: Device, sources: ModelSources) -> str:
-    """What the device lacks for a model's matrices that are no experts', for a person; empty if it lacks nothing."""
-    asked = set()
-    for weight in _matrices(join_layers(sources)):
-        shape = weight.type, weight.ne
-        if shape not in asked and not _multiplies(device, weight):
-            return (
-                f"{device.name} ({device.description}) does not multiply with {weight.name} ({weight.type.name}, "
-                f"{human(weight.n_bytes)}): it lacks the type, or binds no tensor of that size."
-            )
-        asked.add(shape)
-    return ""
-
-
-def _matrices(sources: ModelSources) -> Iterator[WeightSource]:
-    yield sources.output.weight
-    for layer in sources.layers:
-        for linear in (*layer.matrices, *(layer.gate_up if layer.router is None else ())):
-            if linear.weight.is_matrix:
-                yield linear.weight
-
-
-def _multiplies(device: Device, weight: WeightSource) -> bool:
-    with _context() as ctx:
-        n_matrices = weight.ne[2] if len(weight.ne) > 2 else 1
-        matrix = ggml.ggml_new_tensor_3d(ctx, weight.type, weight.ne[0], weight.ne[1], n_matrices)
-        rows = ggml.ggml_new_tensor_3d(ctx, GGMLQuantizationType.F32, weight.ne[0], 1, n_matrices)
-        product = ggml.ggml_mul_mat(ctx, matrix, rows)
-        return _has_room(device, matrix) and bool(ggml_device.ggml_backend_dev_supports_op(device.handle, product))
-
-
 def _computes_experts(
     device: Device, architecture: Architecture, matrices: Sequence[MatrixClass], n_experts: int
 ) -> bool:
@@ -86,12 +53,12 @@ def _computes_experts(
         outputs = add_expert_ffn(ctx, gate_up, down, rows, ids, layer_extras(ctx, architecture, None))
         ggml.ggml_build_forward_expand(graph, outputs)
         nodes = [ggml.ggml_graph_node(graph, index) for index in range(ggml.ggml_graph_n_nodes(graph))]
-        return all(_has_room(device, stack) for stack in stacks) and all(
+        return all(has_room(device, stack) for stack in stacks) and all(
             ggml_device.ggml_backend_dev_supports_op(device.handle, node) for node in nodes
         )
 
 
-def _has_room(device: Device, tensor: int) -> bool:
+def has_room(device: Device, tensor: int) -> bool:
     """Whether a tensor finds room in a single buffer."""
     buft = ggml_device.ggml_backend_dev_buffer_type(device.handle)
     return bool(ggml.ggml_nbytes(tensor) + _PADDING <= ggml_device.ggml_backend_buft_get_max_size(buft))

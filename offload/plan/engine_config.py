@@ -51,6 +51,11 @@ class DeviceConfig:
     vram: tuple[str, ...] = ()
     rpc: tuple[str, ...] = ()
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether a device that cannot be used is left out; one that was named, or given a limit, is an error."""
+        return self.device == "auto" and not self.vram
+
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:

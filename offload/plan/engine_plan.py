@@ -96,6 +96,11 @@ class EnginePlan:
         return not self.devices and self.sources.output.weight is self.sources.token_embd
 
     @property
+    def driver_bytes(self) -> int:
+        """Bytes of host memory that the devices' drivers take, which `tiers` and `weight_forms` count as program."""
+        return sum(device.device.driver.total for device in self.devices)
+
+    @property
     def host_bytes(self) -> dict[str, int]:
         """Bytes in host memory by use, without experts' slots and intermediate results."""
         if self.is_resident:
@@ -206,12 +211,21 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         reserve=memory.reserve_bytes,
         layers=layers,
         priors=cache_priors(layers),
-        notes=(*budget.notes, *context_notes(spec, n_ctx), *divisor_notes(model.sources, spec, n_ctx)),
+        notes=(*machine.notes, *budget.notes, *context_notes(spec, n_ctx), *divisor_notes(model.sources, spec, n_ctx)),
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
         machine=machine,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
-    return _within_budget(config, _with_devices(config, plan, chosen), chosen, model.program + memory.reserve_bytes)
+    program = model.program + memory.reserve_bytes
+    decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, program)
+    if decided.shortfall is None or not decided.driver_bytes or not config.devices.is_automatic:
+        return decided
+    alone = _within_budget(config, plan, (), program)
+    if alone.shortfall is not None:
+        return decided
+    drivers = (f"{one.device.name}, whose driver takes {human(one.device.driver.total)}" for one in decided.devices)
+    note = f"Computing on the CPU: with {', '.join(drivers)}, {decided.shortfall.problem}"
+    return replace(alone, notes=(*alone.notes, note))
 
 
 def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
@@ -234,7 +248,7 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
     kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
     needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
-    if config.devices.device == "auto" and not config.devices.vram:
+    if config.devices.is_automatic:
         plans, notes = plan_those_that_fit(needs, devices)
     else:
         try:
@@ -343,7 +357,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     n_cells = 1 if plan.devices else plan.n_cells
     compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
     compute += 0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch)
-    program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel)
+    program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.driver_bytes
     if plan.devices:
         return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}
     weights = matrix_bytes(without_experts(plan.sources))

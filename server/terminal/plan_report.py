@@ -72,6 +72,7 @@ class PlanReport:
             f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
             "program, at most": sizes["program"],
+            "drivers of devices, at most": sizes["drivers"],
             "other processes, at most": sizes["processes"],
             "in all": sum(sizes.values()),
             "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
@@ -107,14 +108,16 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     weight_forms, tiers = plan.weight_forms, plan.tiers
     if tiers is not None:
         sizes = {"copied": tiers.weights, "host_pool": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}
-        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - plan.reserve, "processes": plan.reserve}
+        others = {"drivers": plan.driver_bytes, "processes": plan.reserve}
+        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - sum(others.values()), **others}
     return {
         "mapped": weight_forms.mapped,
         "copied": weight_forms.copied,
         "repacked": weight_forms.repacked,
         "kv": weight_forms.kv,
         "compute": weight_forms.compute,
-        "program": weight_forms.program + weight_forms.staging - plan.reserve,
+        "program": weight_forms.program + weight_forms.staging - plan.driver_bytes - plan.reserve,
+        "drivers": plan.driver_bytes,
         "processes": plan.reserve,
     }
 

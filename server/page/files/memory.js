@@ -12,6 +12,7 @@ const USES = {
   kv: "KV cache",
   compute: "buffers for computing",
   program: "program",
+  drivers: "drivers of devices",
 };
 const PATTERNS = { experts: 0, weights: 1, copied: 1, kv: 2, compute: 3, program: 4 };
 

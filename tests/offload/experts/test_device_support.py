@@ -1,5 +1,6 @@
 """What a device is asked for in products with experts, and those that it does not compute, which the CPU does."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -10,11 +11,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import choose_devices
+from slimoe.offload.ggml.struct import Tensor
 from slimoe.offload.model.architectures import ARCHITECTURES
 from slimoe.offload.model.experts import SlotClass
 from slimoe.offload.plan.device_support import most_stacked
@@ -24,10 +27,12 @@ from tests.models.configs import reconfigured
 from tests.models.conversation import TOKENS, conversation
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, resident_engine
-from tests.models.tiny_gguf import FineShape, write_family
+from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 from tests.offload.devices import Devices, lent
 
 SHAPE = FineShape(n_expert=16, n_expert_used=4, n_embd=128)
+SHAPES = {"deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2)}
+"""Sizes that a family must have."""
 Product = tuple[int, int]
 """The number of inputs of an expert's matrix, and what the kernel is asked to make of them at most."""
 
@@ -169,22 +174,97 @@ def test_the_largest_stack_is_the_driver_s_answer(one_device: Devices) -> None:
             assert n_bytes <= found * n_bytes < backend.max_buffer_bytes
 
 
-def test_a_device_that_lacks_a_dense_type_is_not_planned_with(
-    tmp_path: Path, one_device: Devices, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before anything is loaded: named it is an error, otherwise it is left out, and why is told."""
-    case = one_device.config(mixed_model(tmp_path))
+def lacks(monkeypatch: pytest.MonkeyPatch, is_lacking: Callable[[str, Tensor], bool]) -> list[str]:
+    """Lets devices not compute some operations, and returns the names of all that are asked for."""
+    asked = list[str]()
 
     def supports(device: int, node: int) -> bool:
-        is_product = ggml.ggml_op_desc(node) == b"MUL_MAT"
-        return not (is_product and ggml.tensor_at(ggml.tensor_at(node).src[0]).type == Type.Q6_K)
+        asked.append(ggml.ggml_op_desc(node).decode())
+        return not is_lacking(asked[-1], ggml.tensor_at(node))
 
     monkeypatch.setattr(ggml_device, "ggml_backend_dev_supports_op", supports)
-    with pytest.raises(DeviceError, match=r"does not multiply with output.weight \(Q6_K, .*Use --device none"):
-        plan_engine(reconfigured(case, vram=("1GiB",)))
+    return asked
+
+
+def is_product_of_q6(name: str, tensor: Tensor) -> bool:
+    return name == "MUL_MAT" and ggml.tensor_at(tensor.src[0]).type == Type.Q6_K
+
+
+def attends_in_f16(name: str, tensor: Tensor) -> bool:
+    return name == "FLASH_ATTN_EXT" and ggml.tensor_at(tensor.src[1]).type == Type.F16
+
+
+def rotates(name: str, tensor: Tensor) -> bool:
+    return name == "ROPE"
+
+
+def sorts(name: str, tensor: Tensor) -> bool:
+    return name == "ARGSORT"
+
+
+def looks_up_weights(name: str, tensor: Tensor) -> bool:
+    return name == "GET_ROWS"
+
+
+@pytest.mark.parametrize(
+    ("is_lacking", "what"),
+    [
+        (is_product_of_q6, r"does not multiply with output.weight \(Q6_K, .*: it lacks the type, or binds no tensor"),
+        (attends_in_f16, r"does not attend with heads of 64 over a KV cache of F16\. "),
+        (rotates, r"does not compute ROPE of F32 \(64 x 2 x 32\)\. "),
+        (sorts, r"does not compute ARGSORT of F32 \(4 x 32\)\. "),
+        (looks_up_weights, r"does not compute GET_ROWS of F32 \(1 x 4 x 32\)\. "),
+    ],
+)
+def test_a_device_that_lacks_an_operation_is_not_planned_with(
+    tmp_path: Path,
+    one_device: Devices,
+    is_lacking: Callable[[str, Tensor], bool],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is loaded: named it is an error, otherwise it is left out, and why is told."""
+    case = one_device.config(mixed_model(tmp_path), kv_type="f16")
     (device,) = choose_devices(case.devices.device, case.devices.rpc)
+    lacks(monkeypatch, is_lacking)
+    with pytest.raises(DeviceError, match=f"{what}.*Use --device none"):
+        plan_engine(reconfigured(case, vram=("1GiB",)))
     machine = replace(this_machine(reconfigured(case, device="none", rpc=())), devices=(device,))
     plan = plan_engine(reconfigured(case, device="auto"), machine)
     assert not plan.devices
     (note,) = plan.notes
-    assert note.startswith(f"Without {device.name}: ")
+    assert re.match(f"Without {device.name}: .*{what.removesuffix(' ')}", note)
+
+
+def test_a_kv_cache_of_another_type_may_be_what_a_device_attends_to(
+    tmp_path: Path, one_device: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = one_device.config(mixed_model(tmp_path), kv_type="f32", vram=("1GiB",))
+    lacks(monkeypatch, attends_in_f16)
+    assert plan_engine(case).devices
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_that_a_device_is_given_was_asked_for_before(
+    tmp_path: Path, endpoints: tuple[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations of a type, whatever the family: opening the model finds none that the plan did not ask for."""
+    path = write_family(tmp_path / "m.gguf", name, Type.Q8_0, SHAPES.get(name, SHAPE))
+    case, asked = lent(endpoints[0]).config(path), set[tuple[str, int]]()
+
+    def supports(device: int, node: int) -> bool:
+        operation, first = ggml.ggml_op_desc(node).decode(), ggml.tensor_at(node).src[0]
+        if operation not in ("VIEW", "RESHAPE", "PERMUTE"):  # of these nothing is computed
+            asked.add((operation, ggml.tensor_at(first or node).type))
+        return True
+
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_supports_op", supports)
+    plan = plan_engine(reconfigured(case, vram=("1GiB",)))
+    assert plan.devices
+    planned = set(asked)
+    asked.clear()
+    with closing(Engine.open(reconfigured(case, vram=("1GiB",)))):
+        assert asked - planned == set()
+    asked.clear()
+    with closing(device_engine(case, 0.4)):
+        assert {name for name, _ in asked - planned} <= {"CPY", "SET_ROWS", "GET_ROWS", "CONT"}
