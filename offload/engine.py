@@ -10,7 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from slimoe.offload.errors import ContextOverflowError, DeviceError, DoesNotFitError, LostModelError, UsageError
+from slimoe.offload.errors import (
+    ContextOverflowError,
+    DeviceError,
+    DeviceFullError,
+    DoesNotFitError,
+    LostModelError,
+    UsageError,
+)
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
@@ -27,7 +34,7 @@ from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots
 from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
-from slimoe.offload.resources.memory import give_back_freed
+from slimoe.offload.resources.memory import HostMemory, give_back_freed
 from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import Tokenizer
@@ -78,9 +85,9 @@ class Engine:
     ) -> "Engine":
         """Opens a model; `on_progress` gets bytes made ready and their total; `machine` is as for `plan_engine`.
 
-        Devices that nobody asked for by name are left out, and a note says so, when they fail or are full after all.
-        Raises ModelFileError, UnsupportedModelError, UsageError, DeviceError, and DoesNotFitError before anything is
-        loaded.
+        Devices that nobody asked for by name are left out, and a note says so, when they fail. Of those that are full
+        after all half as much is tried before. Raises ModelFileError, UnsupportedModelError, UsageError, DeviceError,
+        and DoesNotFitError before anything is loaded.
         """
         plan, progress = plan_engine(config, machine), on_progress or (lambda done, total: None)
         if plan.shortfall is not None:
@@ -91,11 +98,17 @@ class Engine:
         except (DeviceError, DoesNotFitError) as error:
             if not plan.devices or not config.devices.is_automatic:
                 raise
-            config = changed(config, {"device": "none", "rpc": ()})
-            on_cpu = plan_engine(config, machine and replace(machine, devices=()))
-            if on_cpu.shortfall is not None:
-                raise
-            plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {error}"))
+            why = error.with_traceback(None)  # whose frames hold what was opened
+        if isinstance(why, DeviceFullError) and (smaller := _with_half_of_devices(config, plan, why)):
+            try:
+                return cls(config, smaller, progress)
+            except (DeviceError, DoesNotFitError) as error:
+                why = error.with_traceback(None)
+        config = changed(config, {"device": "none", "rpc": ()})
+        on_cpu = plan_engine(config, machine and replace(machine, devices=()))
+        if on_cpu.shortfall is not None:
+            raise why
+        plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {why}"))
         return cls(config, plan, progress)
 
     @property
@@ -299,3 +312,15 @@ class Engine:
 def _summed(past: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
     """Running totals that go on where those of a model that was closed have ended."""
     return {name: past.get(name, 0) + now.get(name, 0) for name in {**past, **now}}
+
+
+def _with_half_of_devices(config: EngineConfig, plan: EnginePlan, error: DeviceFullError) -> EnginePlan | None:
+    """The plan for devices that give half of what they said is free; None where that is too little."""
+    assert plan.machine is not None
+    budgets = {device.device.handle: device.budget for device in plan.devices}
+    devices = (replace(one, free_bytes=budgets.get(one.handle, one.free_bytes) // 2) for one in plan.machine.devices)
+    machine = replace(plan.machine, memory=HostMemory.now(), devices=tuple(devices))
+    smaller = plan_engine(config, machine)
+    if smaller.shortfall is not None or not smaller.devices:
+        return None
+    return replace(smaller, notes=(*smaller.notes, f"Half as much is taken of devices: {error}"))

@@ -119,6 +119,8 @@ def plan_those_that_fit(needs: DeviceNeeds, devices: Budgeted) -> tuple[tuple[De
     for device, budget in devices:
         if lack := needs.lacking(device):
             notes.append(f"Without {device.name}: {lack}")
+        elif budget <= 0:
+            notes.append(f"Without {device.name}: it says that none of its memory is free.")
         else:
             left.append((device, budget))
     while left:
@@ -140,9 +142,10 @@ def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...
     for device, _ in devices:
         if lack := needs.lacking(device):
             raise DeviceError(f"{lack} Use --device none or another device, or a file of other types.")
-    used = [(device, budget) for device, budget in devices if budget > 0]
+    # Where nothing is free anywhere the first one says what it would need.
+    used = [(device, budget) for device, budget in devices if budget > 0] or [*devices[:1]]
     plans, begin = [], 0
-    total = sum(budget for _, budget in used)
+    total = sum(budget for _, budget in used) or 1
     taken = 0
     for index, (device, budget) in enumerate(used):
         taken += budget

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ import pytest
 from bench.baselines.rpc_server import ROOT, RpcServer, rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DeviceFullError
+from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml.abort import device_error, thrown_error
 from slimoe.offload.ggml.device_backend import DeviceBackend
+from slimoe.offload.ggml.devices import choose_devices
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.engine_plan import plan_engine
+from slimoe.offload.plan.machine import Machine, this_machine
 from slimoe.offload.text.generation import GenerationRequest, SamplingParams, TokenStep
 from slimoe.server.cli import run
 from slimoe.server.process.request_handle import EngineFailure
@@ -134,6 +140,44 @@ def test_a_device_that_is_lost_in_the_middle_of_an_answer(model: Path, one_devic
     assert "std::system_error" in done.stderr
 
 
+LOSING = """
+import ctypes, os, sys
+if "slimoe.server.process.engine_start" in sys.orig_argv:
+    from slimoe.offload.ggml import device
+    begin = device.ggml_backend_graph_compute_async
+    def compute(*args):
+        if os.path.exists({now!r}):
+            os.unlink({now!r})
+            ctypes.CDLL({library!r}).lose()
+        return begin(*args)
+    device.ggml_backend_graph_compute_async = compute
+"""
+"""What Python runs first in each process: the engine's loses its device once the file is there, and once only."""
+
+
+def test_serve_outlives_a_device_that_is_lost(
+    model: Path, one_device: Devices, throwing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = tmp_path / "now"
+    (tmp_path / "sitecustomize.py").write_text(LOSING.format(now=str(now), library=str(throwing)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    where = ["--rpc", *one_device.endpoints] if one_device.endpoints else ["--device", *one_device.names]
+    with serving(model, *where, "--ctx", "4096", "--batch", "32") as (process, url):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=20)
+        before = complete(client)
+        stream = client.completions.create(
+            model="", prompt="hello", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        now.touch()
+        with pytest.raises(openai.APIError, match=r"The device failed \(vk::DeviceLostError\)") as broken:
+            list(stream)
+        assert broken.value.code == "device_failed"
+        assert complete(client) == before
+        assert process.poll() is None
+    assert not now.exists()
+
+
 def test_exceptions_of_drivers_by_their_names() -> None:
     assert "(vk::OutOfDeviceMemoryError)" in str(thrown_error("N2vk22OutOfDeviceMemoryErrorE"))
     assert "(sycl::_V1::exception)" in str(thrown_error("N4sycl3_V19exceptionE"))
@@ -222,11 +266,78 @@ def test_without_room_on_the_device_the_cpu_computes(
         expected = answer(engine)
     full = FullDevice(monkeypatch, n_buffers)
     with closing(Engine.open(config(model, rpc=(server.endpoint,)))) as engine:
-        assert full.n_left == -1
+        assert full.n_left == -2  # half as much is tried as well
         (note,) = engine.notes
         assert note.startswith("Computing on the CPU: RPC")
         assert not engine.plan.devices
         assert answer(engine) == expected
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 layers of 16 experts of 384 KiB each."""
+    shape = TinyShape(n_layer=4, n_embd=256, n_ff=128, n_expert=16, n_expert_used=2)
+    return write_tiny_gguf(tmp_path_factory.mktemp("faults") / "wide.gguf", None, shape=shape)
+
+
+def reporting(one_device: Devices, free: int) -> Machine:
+    """This machine, whose device says that it has so much free."""
+    (device,) = choose_devices(one_device.names[0], one_device.endpoints)
+    alone = this_machine(engine_config(Path(), device="none"))
+    return replace(alone, devices=(replace(device, free_bytes=free, total_bytes=free),))
+
+
+def test_a_device_that_gives_less_than_it_reports_is_asked_for_half(
+    wide: Path, one_device: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, allocate = dict[int, int](), DeviceBackend.allocate
+
+    def allocate_some(backend: DeviceBackend, n_bytes: int) -> int:
+        if sum(given.values()) + n_bytes > 24 << 20:
+            return none_allocated(backend, n_bytes)
+        buffer = allocate(backend, n_bytes)
+        given[buffer] = n_bytes
+        return buffer
+
+    def free(buffer: int) -> None:
+        given.pop(buffer, None)
+        free_buffer(buffer)
+
+    free_buffer = ggml_backend.ggml_backend_buffer_free
+    monkeypatch.setattr(ggml_backend, "ggml_backend_buffer_free", free)
+    monkeypatch.setattr(DeviceBackend, "allocate", allocate_some)
+    machine = reporting(one_device, 36 << 20)
+    whole = plan_engine(config(wide), machine)
+    assert whole.devices[0].required > 24 << 20
+    with closing(Engine.open(config(wide), machine=machine)) as engine:
+        (device,) = engine.plan.devices
+        assert 8 << 20 < device.required < 18 << 20
+        (note,) = engine.notes
+        assert note.startswith("Half as much is taken of devices: ")
+        assert "gave no" in note
+        assert len(answer(engine)) == 6
+    assert given == {}
+    with pytest.raises(DeviceFullError, match=r"gave no .* Lower --vram"):
+        Engine.open(config(wide, device=one_device.names[0]), machine=machine)
+
+
+def test_a_device_that_reports_nothing_free_is_left_out(wide: Path, one_device: Devices) -> None:
+    machine = reporting(one_device, 0)
+    plan = plan_engine(config(wide), machine)
+    assert not plan.devices
+    assert plan.notes == (f"Without {one_device.names[0]}: it says that none of its memory is free.",)
+    named = plan_engine(config(wide, device=one_device.names[0]), machine)
+    assert named.shortfall is not None
+    assert named.shortfall.device == one_device.names[0]
+
+
+def test_a_device_that_reports_less_than_it_has_gets_no_more(wide: Path, one_device: Devices) -> None:
+    """Of two budgets the smaller one holds: what is reported free, and --vram."""
+    plan = plan_engine(config(wide, vram=("30MiB",), device=one_device.names[0]), reporting(one_device, 20 << 20))
+    (device,) = plan.devices
+    assert device.required <= device.budget == 20 << 20
+    (note,) = plan.notes
+    assert note.endswith("has 20.0 MiB to give now: taking no more than that.")
 
 
 def test_a_device_that_was_asked_for_is_not_left_out(
