@@ -9,10 +9,13 @@ the engine measured. The table goes to stderr, the last line of stdout is one JS
 
 With --link the device lies behind a simulated network (`bench.baselines.shaped_link`): milliseconds per token with half
 of the experts there and with all of the model, beside what `slimoe plan` predicts, and this machine alone, with memory
-for all of the model and with half of the experts on its disk.
+for all of the model and with half of the experts on its disk. A link written as A/B/A changes while an answer is
+written, by two engines in turn: one whose experts stay, and one that notices what becomes of its link. Their devices
+have two threads, so that they gain something.
 
     python -m bench.rpc_device --model natural_medium
     python -m bench.rpc_device --model natural_medium --link 1Gbit,2ms --link 10Gbit,0.2ms
+    python -m bench.rpc_device --model natural_medium --link 10Gbit,0.2ms/1Gbit,0.2ms/10Gbit,0.2ms
 """
 
 import json
@@ -33,9 +36,18 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.baselines.rpc_server import rpc_server
-from bench.baselines.shaped_link import Link, measured_link, parse_link, shaped_link
+from bench.baselines.shaped_link import Link, ShapedLink, parse_link, shaped_link
 from bench.baselines.stepping import WARM_STEPS, kl_divergence, time_decode, time_prefill
 from bench.limits import machine
+from bench.limits.link_runs import (
+    LinkRun,
+    Stretch,
+    keep_still,
+    link_table,
+    links_as_json,
+    over_changes,
+    stretch_table,
+)
 from bench.models.random_model import random_model_file
 from bench.models.shapes import MODELS
 from bench.models.topics import STYLES, TOKENS
@@ -61,6 +73,7 @@ _MOVE, _HIT, _MISS = RATES["device"]
 CARD = Tier(GB * _MOVE, GB * _HIT, GB * _MISS, computes_misses=True)
 N_PROMPT, N_ANSWER = 64, 192
 N_LINK_PROMPT, N_LINK_ANSWER = 256, 48
+N_OVER_EACH, N_SMOKE_OVER_EACH, N_DEVICE_THREADS = 320, 96, 2
 HALF = 0.5
 TOLERANCE = 0.01
 
@@ -229,27 +242,6 @@ def measure(job: Job, shares: Sequence[float], policies: Sequence[str]) -> list[
 # --- over a network ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LinkRun:
-    """Milliseconds per token of a plan, measured and as predicted for it: of answers and of a prompt's batch.
-
-    `room` is what the device holds of the model: none, half of the experts or all; without a link "half on disk" says
-    that host memory holds the other half.
-    """
-
-    link: str
-    room: str
-    decode_ms: float
-    predicted_decode_ms: float
-    prefill_ms: float
-    predicted_prefill_ms: float
-
-    @property
-    def errors(self) -> tuple[float, float]:
-        """What the predictions of both phases are off by, relative to what was measured."""
-        return self.predicted_decode_ms / self.decode_ms - 1, self.predicted_prefill_ms / self.prefill_ms - 1
-
-
 def run_timed(job: Job, config: EngineConfig, link: str, room: str, cache: MeasurementCache) -> LinkRun:
     """Predicts and times a plan; raises as `check` and `Engine.open` do."""
     plan = plan_engine(config)
@@ -282,26 +274,26 @@ def measure_links(job: Job, links: Sequence[Link]) -> list[LinkRun]:
     return runs
 
 
-def link_table(runs: Sequence[LinkRun]) -> Table:
-    """The figures for a person."""
-    drawn = Table("link", "on the device", "answer ms", "predicted", "off by", "prompt ms", "predicted", "off by")
-    for run in runs:
-        decode, prefill = (f"{error:+.0%}" for error in run.errors)
-        cells = f"{run.decode_ms:.2f}", f"{run.predicted_decode_ms:.2f}", decode
-        drawn.add_row(run.link, run.room, *cells, f"{run.prefill_ms:.3f}", f"{run.predicted_prefill_ms:.3f}", prefill)
-    return drawn
+def measure_changes(job: Job, links: Sequence[Link], n_threads: int) -> list[Stretch]:
+    """An answer over one link after the other, half of the experts on devices of `n_threads` each; raises as `check`
+    and `Engine.open` do. A server serves one engine only.
+    """
+    with ExitStack() as stack:
+        shaped, engines = list[ShapedLink](), list[Engine]()
+        for _ in range(2):
+            server = stack.enter_context(rpc_server(n_threads=n_threads))
+            shaped.append(stack.enter_context(shaped_link(server.endpoint, links[0])))
+            lent = available_devices([shaped[-1].endpoint])[-1]
+            config = changed(job.config, {"device": lent.name, "rpc": (shaped[-1].endpoint,)})
+            engines.append(stack.enter_context(closing(Engine.open(plan_with_room(config, HALF)))))
+            engines[-1].prefill(job.tokens[: job.n_prompt])
+        keep_still(engines[1])
 
+        def change(link: Link) -> None:
+            for one in shaped:
+                one.change(link)
 
-def links_as_json(runs: Sequence[LinkRun], links: Sequence[Link], n_bytes: int) -> dict[str, Any]:
-    """All figures, and each link as a byte and `n_bytes` find it."""
-    found = {str(link): measured_link(link, n_bytes) for link in links}
-    return {
-        "largest_error": max(abs(error) for run in runs for error in run.errors),
-        "links": {
-            name: {"gbit": 8e-9 * one.bytes_per_second, "one_way_ms": 1e3 * one.seconds} for name, one in found.items()
-        },
-        "runs": [asdict(run) for run in runs],
-    }
+        return over_changes((engines[0], engines[1]), job.tokens[job.n_prompt :], links, change)
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -336,7 +328,9 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 @click.option("--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", help="A device of this machine.  [default: an RPC server over the CPU]")
-@click.option("--link", "links", metavar="BANDWIDTH,DELAY", multiple=True, help="Time it over such a network.")
+@click.option(
+    "--link", "links", metavar="BANDWIDTH,DELAY", multiple=True, help="Time it over this network, or A/B/A in turn."
+)
 @click.option("--smoke", is_flag=True, help="Seconds only, on a tiny random model.")
 def main(
     model: str,
@@ -351,14 +345,18 @@ def main(
     smoke: bool,
 ) -> None:
     """Compare an engine whose device holds a part of the experts with its replay and with the CPU."""
-    lengths = (N_LINK_PROMPT, N_LINK_ANSWER) if links else (N_PROMPT, tokens)
+    lengths, changing = (N_LINK_PROMPT, N_LINK_ANSWER) if links else (N_PROMPT, tokens), "/" in "".join(links)
     name, n_prompt, n_answer = ("smoke", 8, 40) if smoke else (model, *lengths)
     try:
         if links and device is not None:
             raise UsageError(
                 "--link leads to an RPC server, and --device names a device of this machine. Leave one out."
             )
-        networks = [parse_link(link) for link in links]
+        if changing and len(links) > 1:
+            raise UsageError("A --link that changes, as 10Gbit,1ms/1Gbit,1ms, is the only one. Leave the others out.")
+        networks = [parse_link(one) for link in links for one in link.split("/")]
+        if changing:
+            n_prompt, n_answer = N_PROMPT, (N_SMOKE_OVER_EACH if smoke else N_OVER_EACH) * len(networks)
         with ExitStack() as stack:
             is_shape = name in MODELS
             path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
@@ -368,7 +366,12 @@ def main(
                 path, n_threads=threads, context=ContextConfig(n_ctx=-(-n_tokens // 256) * 256, n_batch=n_prompt)
             )
             job, load = Job(config, tuple(words), n_prompt, rule), machine.OtherLoad()
-            if links:
+            document: dict[str, Any] = {}
+            if changing:
+                stretches = measure_changes(job, networks, N_DEVICE_THREADS)
+                drawn, document = stretch_table(stretches), {"runs": [one.as_json() for one in stretches]}
+                document["other_cores_during"] = load.cores()
+            elif links:
                 timed = measure_links(job, networks)
                 drawn, document = link_table(timed), {"other_cores_during": load.cores()}
                 document |= links_as_json(timed, networks, 1 << 16 if smoke else 64 << 20)

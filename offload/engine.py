@@ -35,7 +35,7 @@ from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots
 from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
 from slimoe.offload.resources.memory import HostMemory, give_back_freed
-from slimoe.offload.text.generation import Event, Failed, GenerationRequest, Outcome
+from slimoe.offload.text.generation import Event, ExchangeNow, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.grammars import Grammars
 from slimoe.offload.text.tokenizer import Tokenizer
 
@@ -67,11 +67,13 @@ class Engine:
                 opened.callback(self.grammars.close)
             self._carried = carried_anew(config, plan)
             self._observer = Observer(self._carried.uses, self._totals)
+            self._observer.predict(config, plan)
             opened.callback(self._carried.kv.close)
             self._model = LoadedModel(config, plan, on_progress, self._carried)
             opened.callback(lambda: self._model.close())
             told = self.memory, self.counters, self._observer.begin
-            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars)
+            watched = self._exchange, self._observer.expected_ms
+            self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars, *watched)
             self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
             self.slots = Slots(plan.gguf, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx)
             self._opened = opened.pop_all()
@@ -257,6 +259,7 @@ class Engine:
         self._past = Counter(self._totals())
         self._model.close()
         give_back_freed()
+        self._observer.predict(config, plan)
         try:
             self._model = LoadedModel(config, plan, on_progress, self._carried)
         except Exception as error:
@@ -289,6 +292,9 @@ class Engine:
     def _totals(self) -> dict[str, float]:
         cpu, devices = self._model.seconds
         return _summed(self._past, {**self._model.counters(), "cpu_seconds": cpu, "device_seconds": devices})
+
+    def _exchange(self) -> tuple[ExchangeNow, ...]:
+        return () if self._model.tiers is None else self._model.tiers.exchange()
 
     def snapshot(self) -> Snapshot:
         """What the engine holds and does at this moment; may be called from any thread."""

@@ -48,6 +48,15 @@ class Observer:
         self._is_decoding = False
         self._predicted: tuple[EnginePlan, Speed] | None = None
 
+    def predict(self, config: EngineConfig, plan: EnginePlan) -> None:
+        """Looks up what a plan promises, before its devices are open: one over the network serves one client only."""
+        self._predicted = plan, _predicted(config, plan)
+
+    def expected_ms(self) -> float | None:
+        """Milliseconds of an answer's token as the plan predicts, None where this machine was not measured for it."""
+        per_second = None if self._predicted is None else self._predicted[1].predicted
+        return None if per_second is None else 1000 / per_second
+
     def begin(self) -> None:
         """An answer begins."""
         self.uses.begin()
@@ -89,9 +98,9 @@ class Observer:
     def _work(self, config: EngineConfig, plan: EnginePlan, n_running: int) -> Work:
         now = self._now()
         answer = {name: value - self._began.get(name, 0) for name, value in now.items()}
-        if self._predicted is None or self._predicted[0] is not plan:
-            self._predicted = plan, _predicted(config, plan)
-        speed = self._predicted[1]
+        if self._predicted is None or (self._predicted[0] is not plan and not config.devices.rpc):
+            self.predict(config, plan)
+        speed = Speed() if self._predicted is None else self._predicted[1]
         measured = answer["n_decoded"] / answer["decode_seconds"] if answer["n_decoded"] else None
         speed = Speed(speed.predicted, speed.most, speed.bound, measured)
         return Work(n_running, _spent(answer), _spent(now), speed)
@@ -124,8 +133,6 @@ def _predicted(config: EngineConfig, plan: EnginePlan) -> Speed:
     def refuse(name: str) -> None:
         raise _UnmeasuredError(name)
 
-    if config.devices.rpc:  # would be asked over the connection that computes
-        return Speed()
     try:
         decode = predict_plan(plan, measure_machine(config, plan, refuse)).decode
     except (SlimoeError, OSError):

@@ -17,7 +17,7 @@ from slimoe.offload.experts.constant_experts import read_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.device_graph import SlotGraphs
 from slimoe.offload.experts.device_part import DevicePart
-from slimoe.offload.experts.device_watch import LinkProbes, choose_and_watch
+from slimoe.offload.experts.device_watch import LinkProbes, choose_and_watch, exchange_now
 from slimoe.offload.experts.hit_path import HitPath
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs, HostVectors
@@ -42,6 +42,7 @@ from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.program_memory import most_logit_rows, request_bytes
 from slimoe.offload.plan.weight_forms import compute_bytes
 from slimoe.offload.resources.memory import resident_bytes
+from slimoe.offload.text.generation import ExchangeNow
 
 Count = Callable[[int], None]
 
@@ -89,6 +90,11 @@ class Tiers:
         on_devices = {device.device.name: device.required for device, _ in self.devices}
         return {**self.plan.host_bytes, **host_pool, **on_devices}
 
+    def exchange(self) -> tuple[ExchangeNow, ...]:
+        """How each device exchanges experts that has slots for some and watches what that costs."""
+        by_device = ((plan.device.name, one) for plan, one in self.devices if one is not None)
+        return tuple(now for name, one in by_device for now in exchange_now(name, one))
+
     def counters(self) -> dict[str, float]:
         """Running totals by name since the model was opened; none where host memory has room for all experts."""
         totals: dict[str, float] = {}
@@ -106,6 +112,7 @@ class Tiers:
             totals["bytes_uploaded"] = sum(one.bytes_uploaded for one in experts)
             totals["swaps"] = sum(one.n_swaps for one in experts)
             totals["streamed"] = sum(one.n_streamed for one in experts)
+            totals["exchange_changes"] = sum(now.n_changes for now in self.exchange())
         if self.lossy is not None:
             totals |= self.lossy.counters.known()
         return totals

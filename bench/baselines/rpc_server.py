@@ -1,6 +1,6 @@
 """A device on loopback: ggml's RPC server over the CPU, in a process of its own. The GPU of machines without one.
 
-Run as `python -m bench.baselines.rpc_server PORT`, it serves until standard input ends.
+Run as `python -m bench.baselines.rpc_server PORT THREADS`, it serves until standard input ends.
 """
 
 import os
@@ -41,12 +41,12 @@ class RpcServer:
 
 
 @contextmanager
-def rpc_server(port: int = 0) -> Iterator[RpcServer]:
+def rpc_server(port: int = 0, n_threads: int = 1) -> Iterator[RpcServer]:
     """Starts a server on a port, or on a free one, waits until it answers, and ends it."""
     if not port:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "bench.baselines.rpc_server", str(port)]
+    command = [sys.executable, "-m", "bench.baselines.rpc_server", str(port), str(n_threads)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         try:
             server = RpcServer(f"127.0.0.1:{port}", process)
@@ -68,9 +68,9 @@ def _wait_until_it_answers(server: RpcServer) -> None:
 
 
 def main() -> None:
-    """Serves on the port that the command line names; never returns."""
+    """Serves on the port and with the threads that the command line names; never returns."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    ggml_rpc.serve(int(sys.argv[1]))
+    ggml_rpc.serve(*map(int, sys.argv[1:]))
 
 
 def _end_with_input() -> None:

@@ -16,6 +16,7 @@ from slimoe.offload.experts.layer_uploads import LayerUploads
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.machine.upload_costs import UploadCosts
 from slimoe.offload.machine.watchdog import Part, Watchdog
+from slimoe.offload.text.generation import ExchangeNow
 
 _log = logging.getLogger(__name__)
 _ROUNDS = 3
@@ -161,6 +162,18 @@ class DeviceWatch:
         device.swaps = None if watchdog.is_still else SlotExchange(policy, rule, device.bank_of)
         does_upload = watchdog.choice.mode == "upload" and policy.in_uses_per_token and not watchdog.is_still
         device.uploads = LayerUploads(policy, costs, device.kinds) if does_upload else None
+
+
+def exchange_now(name: str, device: DeviceExperts) -> tuple[ExchangeNow, ...]:
+    """How a device exchanges experts; nothing of one that is not watched."""
+    if device.watch is None:
+        return ()
+    dog = device.watch.watchdog
+    measured: dict[str, float] = {part: 1e3 * seconds for part, seconds in dog.latest.items()}
+    if dog.tokens is not None:
+        measured |= {"token_uploading": 1e3 * dog.tokens.uploading, "token_staying": 1e3 * dog.tokens.staying}
+    told = dog.choice.mode, dog.choice.reason, dog.since, dog.n_changes, dog.opened.as_ms(), measured
+    return (ExchangeNow(name, *told),)
 
 
 def choose_and_watch(

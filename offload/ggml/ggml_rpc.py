@@ -67,11 +67,11 @@ def own_version() -> tuple[int, int]:
             server.kill()
 
 
-def serve(port: int) -> None:
+def serve(port: int, n_threads: int = 1) -> None:
     """Lends this machine's CPU to programs on this machine; never returns."""
     cpu = ggml_backend.ggml_backend_reg_dev_get(ggml_backend.ggml_backend_cpu_reg(), 0)
     devices = (ctypes.c_void_p * 1)(cpu)
-    ggml_backend_rpc_start_server(f"127.0.0.1:{port}".encode(), None, 1, 1, ctypes.addressof(devices))
+    ggml_backend_rpc_start_server(f"127.0.0.1:{port}".encode(), None, n_threads, 1, ctypes.addressof(devices))
 
 
 if __name__ == "__main__":

@@ -105,11 +105,15 @@ class Calibration:
         DoesNotFitError, and what reading the file raises.
         """
         return MachineSpeed(
-            cpu=self.processor(f"CPU, {cpu.n_threads} threads", cpu, self._limits.ram),
+            cpu=self.cpu(cpu),
             devices={name: self.processor(name, device, self._limits.vram) for name, device in devices.items()},
             links={name: self.link(name, device) for name, device in devices.items()},
             disk=self.disk(gguf) if gguf else None,
         )
+
+    def cpu(self, cpu: CpuBackend) -> ProcessorSpeed:
+        """The speed of the CPU."""
+        return self.processor(f"CPU, {cpu.n_threads} threads", cpu, self._limits.ram)
 
     def processor(self, name: str, backend: Backend, n_bytes: int) -> ProcessorSpeed:
         """The speed of a backend, measured within `n_bytes` of its memory; `name` is its name in the cache."""

@@ -34,6 +34,10 @@ class UploadCosts:
     host_beside: float
     copy_beside: float
 
+    def as_ms(self) -> dict[str, float]:
+        """Milliseconds of an expert by what it is done: `copy`, and `host` and `device` for a token."""
+        return {"copy": 1e3 * self.copy, "host": 1e3 * self.host, "device": 1e3 * self.device}
+
     @property
     def gain(self) -> float:
         """What an expert's use costs less on the device."""

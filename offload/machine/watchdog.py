@@ -19,6 +19,8 @@ PROBE_SHARE = 0.01
 """Of the steps' time goes to measuring again; more only to make sure of what seems off."""
 DRIFT = 1.5
 """What is measured is off when it is so many times more, or less, than what was decided by."""
+_LONGEST_PAUSE = 300.0
+"""Seconds of steps after which something is measured again, however long the last measurement took."""
 _GRAIN = 2e-5
 """Seconds by which a measurement may be off whatever it measures."""
 _LATEST, _FEWEST = 5, 3
@@ -60,6 +62,7 @@ class Watchdog:
         self.tokens: TokenSeconds | None = None
         self._measured: dict[Part, deque[float]] = {part: deque(maxlen=_LATEST) for part in PARTS}
         self._suspect: Part | None = None
+        self._n_confirming = 0
         self._n_probes = 0
         self._busy = self._owed = 0.0
         self._barred_until, self._bar = 0, _BAR
@@ -89,8 +92,10 @@ class Watchdog:
 
         `spent` are the seconds that measuring took.
         """
-        self._n_probes += 1
-        self._owed = max(self._owed, self._busy) + spent / PROBE_SHARE
+        self._owed = max(self._owed, self._busy) + min(_LONGEST_PAUSE, spent / PROBE_SHARE)
+        if self._suspect is None:
+            self._n_probes += 1
+            self._n_confirming = 0
         self._suspect = None
         if seconds is None:
             return False
@@ -100,7 +105,9 @@ class Watchdog:
         if not _is_off(seconds, expected):
             return False
         if len(found) < _FEWEST or not _is_off(median(found), expected):
-            self._suspect = part
+            # At once, but not again and again: what is measured in noise is off most of the time.
+            self._n_confirming += 1
+            self._suspect = part if self._n_confirming < _FEWEST else None
             return False
         self.costs = _with(self.costs, part, median(found))
         self._choose(f"{_WORDS[part]} takes {shown_ms(median(found))} in place of {shown_ms(expected)}")

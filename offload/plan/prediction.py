@@ -14,7 +14,7 @@ from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
 from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
-from slimoe.offload.machine.workload import workload
+from slimoe.offload.machine.workload import Workload, workload
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement
@@ -27,7 +27,7 @@ TYPICAL_PAST = 512
 class PlanPrediction:
     """The speed expected of a plan: of one more token after `n_past`, and of a prompt's batch of `n_prompt` tokens.
 
-    `exchange` says by device what becomes of experts that it lacks, of those that lack some.
+    `exchange` says by device what becomes of experts that it lacks, of those that lack some, and `costs` by what.
     """
 
     decode: Prediction
@@ -35,6 +35,7 @@ class PlanPrediction:
     prefill: Prediction
     n_prompt: int
     exchange: Mapping[str, ExchangeChoice] = field(default_factory=dict)
+    costs: Mapping[str, UploadCosts] = field(default_factory=dict)
 
 
 def measure_machine(
@@ -54,6 +55,7 @@ def measure_machine(
     calibration = Calibration(needs, limits, cache, on_measure)
     with ExitStack() as opened:
         cpu = opened.enter_context(closing(CpuBackend(plan.n_threads)))
+        calibration.cpu(cpu)  # raises where nothing may be measured, before devices are opened in vain
         devices = {
             known_as(device.device): opened.enter_context(closing(DeviceBackend(device.device)))
             for device in plan.devices
@@ -91,7 +93,10 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
     where = expert_placement(plan)
     slowest = [_slowest(plan, speed, where, step) for step in (decode, prefill)]
-    return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt, _exchange(plan, speed))
+    load = workload(plan.spec, plan.sources, plan.layers)
+    costs = _costs(load, plan, speed)
+    exchange = {name: choose_exchange(one, load.n_used) for name, one in costs.items()}
+    return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt, exchange, costs)
 
 
 def known_as(device: Device) -> str:
@@ -99,17 +104,15 @@ def known_as(device: Device) -> str:
     return f"{device.name} ({device.description})"
 
 
-def _exchange(plan: EnginePlan, speed: MachineSpeed) -> dict[str, ExchangeChoice]:
-    """What the engine will choose, as far as it can be told from each side's speed while the other is idle."""
-    load = workload(plan.spec, plan.sources, plan.layers)
+def _costs(load: Workload, plan: EnginePlan, speed: MachineSpeed) -> dict[str, UploadCosts]:
+    """What the engine will choose by, as far as it can be told from each side's speed while the other is idle."""
     on_host = speed.cpu.matrix_seconds(load.expert, 1)
-    choices = {}
+    costs = {}
     for name, device in ((known_as(device.device), device) for device in plan.devices):
         if not device.is_whole and load.expert:
             copy = sum(load.expert.values()) / speed.links[name].to_device
-            costs = UploadCosts(on_host, speed.devices[name].matrix_seconds(load.expert, 1), copy, on_host, copy)
-            choices[name] = choose_exchange(costs, load.n_used)
-    return choices
+            costs[name] = UploadCosts(on_host, speed.devices[name].matrix_seconds(load.expert, 1), copy, on_host, copy)
+    return costs
 
 
 def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:

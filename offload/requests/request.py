@@ -11,6 +11,7 @@ from slimoe.offload.graph.runner import Logits
 from slimoe.offload.requests.cells import Sequence, Tokens
 from slimoe.offload.text.generation import (
     Event,
+    ExchangeNow,
     Finished,
     FinishReason,
     GenerationRequest,
@@ -33,8 +34,9 @@ _LOGPROB_BATCH = 64
 class ModelFacts:
     """What a request must know of the model.
 
-    `memory` returns the bytes held by each tier, by name, and `counters` the tiers' running totals, by name;
-    `on_begin` is called when a request begins.
+    `memory` returns the bytes held by each tier, by name, `counters` the tiers' running totals, by name, `exchange` how
+    devices exchange experts, and `expected_ms` what a token of an answer is predicted to take; `on_begin` is called
+    when a request begins.
     """
 
     n_ctx: int
@@ -44,6 +46,8 @@ class ModelFacts:
     counters: Callable[[], dict[str, float]] = dict
     on_begin: Callable[[], None] = lambda: None
     grammars: Grammars | None = None
+    exchange: Callable[[], tuple[ExchangeNow, ...]] = tuple
+    expected_ms: Callable[[], float | None] = lambda: None
 
 
 class Generator:
@@ -210,12 +214,13 @@ class Generator:
             predicted_n=self._n_predicted,
             predicted_ms=(total - prompt_seconds) * 1000,
             cached_n=self._n_cached,
+            expected_per_token_ms=self._facts.expected_ms(),
         )
         tier_use = TierUse()
         if self._begin is not None:
             totals = self._facts.counters()
             counts = {name: total - self._counted.get(name, 0) for name, total in totals.items()}
-            tier_use = TierUse(counts, self.has_company)
+            tier_use = TierUse(counts, self.has_company, self._facts.exchange())
         text = self._text.finish()
         return Finished(reason, text, timings, self._facts.memory(), tier_use, self._text.stop_text)
 

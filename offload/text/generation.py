@@ -125,7 +125,8 @@ class TokenStep:
 class Timings:
     """Tokens and milliseconds of reading the prompt and of generating; `cached_n` prompt tokens were not read again.
 
-    The names are those of llama.cpp's server.
+    The names are those of llama.cpp's server. `expected_per_token_ms` is what the plan predicts for a token of an
+    answer, None where this machine was not measured for the model.
     """
 
     prompt_n: int
@@ -133,6 +134,26 @@ class Timings:
     predicted_n: int
     predicted_ms: float
     cached_n: int = 0
+    expected_per_token_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeNow:
+    """What becomes of experts that a device lacks, and why: the `mode` is static, swap or upload.
+
+    It was chosen when `since_token` tokens of answers had been computed since the model was opened, and is the
+    `n_changes`-th other choice. `expected_ms` are milliseconds of an expert as measured at opening, on the `host`, on
+    the `device` and as a `copy` over the link; `measured_ms` the same as measured last, and those of tokens as compared
+    last: `token_uploading` and `token_staying`.
+    """
+
+    device: str
+    mode: str
+    reason: str
+    since_token: int
+    n_changes: int
+    expected_ms: Mapping[str, float]
+    measured_ms: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +161,13 @@ class TierUse:
     """What the memory tiers did during an answer: by how much each of the engine's counters rose, by name.
 
     `counts` are empty when the whole model is one graph. With `is_shared` they hold also what was done for other
-    requests at the same time.
+    requests at the same time. `exchange` is how it stands at the answer's end with each device that has a part of its
+    experts.
     """
 
     counts: dict[str, float] = field(default_factory=dict)
     is_shared: bool = False
+    exchange: tuple[ExchangeNow, ...] = ()
 
     @property
     def hit_share(self) -> float | None:

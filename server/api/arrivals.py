@@ -58,7 +58,7 @@ async def arrivals(
                     else:
                         _wait(waiting, index, handle)
                     for answer in answers:
-                        metrics.note(handle, answer)
+                        metrics.note(handle, answer, backend.model.id)
                         record.note(answer)
                     yield Arrival(index, answers, handle.slot or 0)
         finally:

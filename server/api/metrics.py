@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
@@ -10,7 +10,7 @@ from prometheus_client import Counter as Total
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from slimoe.offload.text.generation import Timings
+from slimoe.offload.text.generation import ExchangeNow, Timings
 from slimoe.server.api.backends import Backends
 from slimoe.server.messages import Answer, Done, Step
 from slimoe.server.process.request_handle import RequestHandle
@@ -24,6 +24,8 @@ _BY_UNIT = {
 }
 
 
+MODES = ("static", "swap", "upload")
+"""What a device can do with experts that it lacks."""
 _LLAMA_COUNTERS = {
     "prompt_tokens": "Prompt tokens computed.",
     "prompt_tokens_cached": "Prompt tokens known from before.",
@@ -64,6 +66,13 @@ class Metrics:
         self._first = _histogram("slimoe_time_to_first_token_seconds", "From the request to its first text.", registry)
         self._whole = _histogram("slimoe_e2e_request_latency_seconds", "From the request to its end.", registry)
         self._memory = Gauge("slimoe_memory_used_bytes", "Memory the engine holds.", ["tier"], registry=registry)
+        self._token_seconds = Gauge(
+            "slimoe_token_seconds",
+            "Seconds of an answer's token: as the plan predicts, and as the last answer measured.",
+            ["model", "kind"],
+            registry=registry,
+        )
+        self._exchange = ExchangeGauges(registry)
         running = Gauge("slimoe_num_requests_running", "Requests the engine works on.", registry=registry)
         running.set_function(self._n_running)
         waiting = Gauge("slimoe_num_requests_waiting", "Requests that wait for the engine.", registry=registry)
@@ -103,8 +112,8 @@ class Metrics:
                 totals.update(getattr(supervisor.info, name))
         return dict(totals)
 
-    def note(self, handle: RequestHandle, answer: Answer) -> None:
-        """Counts one answer of the engine."""
+    def note(self, handle: RequestHandle, answer: Answer, model: str) -> None:
+        """Counts one answer of a model's engine."""
         if isinstance(answer, Step) and not handle.has_begun:
             handle.has_begun = True
             self._first.observe(time.monotonic() - handle.submitted_at)
@@ -113,6 +122,8 @@ class Metrics:
             self._cached.inc(answer.timings.cached_n)
             self._generated.inc(answer.timings.predicted_n)
             self._note_timings(answer.timings)
+            self._note_token(answer.timings, model)
+            self._exchange.note(answer.tiers.exchange, model)
             self._finished.labels(answer.reason).inc()
             self._whole.observe(time.monotonic() - handle.submitted_at)
 
@@ -128,6 +139,12 @@ class Metrics:
             self._window[name] += value
         self._n_longest = max(self._n_longest, timings.cached_n + timings.prompt_n + timings.predicted_n)
 
+    def _note_token(self, timings: Timings, model: str) -> None:
+        if timings.expected_per_token_ms is not None:
+            self._token_seconds.labels(model, "predicted").set(timings.expected_per_token_ms / 1000)
+        if timings.predicted_n > 1:
+            self._token_seconds.labels(model, "measured").set(timings.predicted_ms / 1000 / (timings.predicted_n - 1))
+
     def text(self) -> bytes:
         """The registry in Prometheus' text format."""
         self._memory.clear()
@@ -138,6 +155,28 @@ class Metrics:
 
 def _histogram(name: str, text: str, registry: CollectorRegistry) -> Histogram:
     return Histogram(name, text, buckets=_SECONDS, registry=registry)
+
+
+class ExchangeGauges:
+    """How devices exchange experts, as the last answer of each model has told it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        where, text = ["model", "device"], "What becomes of experts that a device lacks: 1 for the mode of now."
+        self._mode = Gauge("slimoe_exchange_mode", text, [*where, "mode"], registry=registry)
+        text = "Tokens of answers that had been computed when the mode was chosen."
+        self._since = Gauge("slimoe_exchange_since_token", text, where, registry=registry)
+        text = "Seconds of an expert as measured at opening, which the mode was predicted by, and as measured last."
+        self._seconds = Gauge("slimoe_exchange_seconds", text, [*where, "what", "kind"], registry=registry)
+
+    def note(self, exchange: Sequence[ExchangeNow], model: str) -> None:
+        """Takes the figures of an answer's end."""
+        for now in exchange:
+            for mode in MODES:
+                self._mode.labels(model, now.device, mode).set(mode == now.mode)
+            self._since.labels(model, now.device).set(now.since_token)
+            for kind, figures in (("predicted", now.expected_ms), ("measured", now.measured_ms)):
+                for what, ms in figures.items():
+                    self._seconds.labels(model, now.device, what, kind).set(ms / 1000)
 
 
 class LlamaCollector(Collector):

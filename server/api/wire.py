@@ -6,11 +6,15 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from slimoe.offload.text.generation import TierUse, Timings
+from slimoe.offload.text.generation import ExchangeNow, TierUse, Timings
 from slimoe.server.messages import ScoredToken
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
+
+
+TiersInfo = dict[str, float | bool | list[ExchangeNow] | None]
+"""`tiers`: counters by name, and as `exchange` how it stands with each device that has a part of its experts."""
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -32,6 +36,8 @@ class TimingsInfo(msgspec.Struct, frozen=True):
     """Tokens computed and milliseconds taken, by phase; `cache_n` prompt tokens were known already.
 
     The first token of an answer comes from the prompt's last logits, so that `predicted_per_second` leaves it out.
+    `expected_per_token_ms` is what the plan promises, beside `predicted_per_token_ms`, which is llama-server's name for
+    what was measured; it is left out where this machine was not measured for the model.
     """
 
     cache_n: int
@@ -43,6 +49,7 @@ class TimingsInfo(msgspec.Struct, frozen=True):
     predicted_ms: float
     predicted_per_token_ms: float
     predicted_per_second: float
+    expected_per_token_ms: float | UnsetType = UNSET
 
 
 class ProgressInfo(msgspec.Struct, frozen=True):
@@ -168,7 +175,7 @@ class Document(msgspec.Struct, frozen=True):
     choices: list[ChatChoice] | list[ChatChunkChoice] | list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     timings: TimingsInfo | UnsetType = UNSET
-    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    tiers: TiersInfo | UnsetType = UNSET
     memory: dict[str, int] | UnsetType = UNSET
     prompt_progress: ProgressInfo | UnsetType = UNSET
     verbose: VerboseInfo | UnsetType = msgspec.field(default=UNSET, name="__verbose")
@@ -186,7 +193,7 @@ class CompletionDocument(Document, frozen=True):
     choices: list[CompletionChoice]
 
 
-def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
+def tiers_info(tiers: TierUse) -> TiersInfo:
     """The tier counters of an answer by name; empty when the whole model is in memory."""
     if not tiers.counts:
         return {}
@@ -194,7 +201,8 @@ def tiers_info(tiers: TierUse) -> dict[str, float | bool | None]:
     counts = {
         name: value if name.endswith(("_seconds", "_kl")) else round(value) for name, value in tiers.counts.items()
     }
-    return {**counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared}
+    exchange = {"exchange": list(tiers.exchange)} if tiers.exchange else {}
+    return {**counts, "hit_share": tiers.hit_share, "is_shared": tiers.is_shared, **exchange}
 
 
 def timings_info(timings: Timings) -> TimingsInfo:
@@ -210,6 +218,7 @@ def timings_info(timings: Timings) -> TimingsInfo:
         predicted_ms=timings.predicted_ms,
         predicted_per_token_ms=_share(timings.predicted_ms, n_decoded),
         predicted_per_second=_share(n_decoded * 1000, timings.predicted_ms),
+        expected_per_token_ms=UNSET if timings.expected_per_token_ms is None else timings.expected_per_token_ms,
     )
 
 

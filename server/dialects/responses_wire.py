@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from slimoe.server.api.wire import TimingsInfo, TokenLogprobInfo
+from slimoe.server.api.wire import TiersInfo, TimingsInfo, TokenLogprobInfo
 from slimoe.server.dialects.responses_body import ReasoningConfig, ResponsesTool, ResponsesToolChoice, TextConfig
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -117,7 +117,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float
     user: str | None
     timings: TimingsInfo | UnsetType = UNSET
-    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    tiers: TiersInfo | UnsetType = UNSET
     memory: dict[str, int] | UnsetType = UNSET
     object: Literal["response"] = "response"
     background: bool = False

@@ -91,6 +91,10 @@ class PlanReport:
             _speed(f"prompts, {one.n_prompt} at a time", one.prefill),
         ]
         lines += [_row(name, choice.reason) for name, choice in one.exchange.items()]
+        if one.exchange:
+            lines.append(
+                _row("while it runs", "measured again; experts move less, or more, when that is what pays then")
+            )
         if alone is None:
             return lines
         speeds = f"answers about {alone.decode.tokens_per_second:.1f} tokens/s, prompts"
@@ -189,7 +193,10 @@ def _phases(one: PlanPrediction | None) -> dict[str, Any] | None:
     return {
         "decode": {"n_past": one.n_past, **_phase(one.decode)},
         "prefill": {"n_tokens": one.n_prompt, **_phase(one.prefill)},
-        "exchange": {name: {"mode": choice.mode, "reason": choice.reason} for name, choice in one.exchange.items()},
+        "exchange": {
+            name: {"mode": choice.mode, "reason": choice.reason, "expected_ms": one.costs[name].as_ms()}
+            for name, choice in one.exchange.items()
+        },
     }
 
 

@@ -96,6 +96,7 @@ def test_mistakes_are_answered_in_a_sentence(capsys: pytest.CaptureFixture[str])
         (["--smoke", "--device", "GPU9"], "GPU9"),
         (["--smoke", "--device", "GPU9", "--link", "1Gbit,1ms"], "Leave one out."),
         (["--smoke", "--link", "fast"], "Write them as 10Gbit,0.2ms."),
+        (["--smoke", "--link", "1Gbit,1ms", "--link", "1Gbit,1ms/1Gbit,2ms"], "Leave the others out."),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments, standalone_mode=False)
@@ -103,3 +104,15 @@ def test_mistakes_are_answered_in_a_sentence(capsys: pytest.CaptureFixture[str])
         said = capsys.readouterr()
         assert words in said.err
         assert said.out == ""
+
+
+def test_a_network_that_changes_is_played_by_two_engines_in_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--smoke", "--link", "10Gbit,0ms/1Gbit,0ms"], standalone_mode=False)
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert [(run["link"], run["is_soon"], run["n_tokens"]) for run in runs] == [
+        ("10Gbit,0ms", True, 64),
+        ("10Gbit,0ms", False, 32),
+        ("1Gbit,0ms", True, 64),
+        ("1Gbit,0ms", False, 32),
+    ]
+    assert all(run["ms"] > 0 and run["still_ms"] > 0 and run["ratio"] > 0 for run in runs)

@@ -33,6 +33,7 @@ from slimoe.offload.requests.snapshot import (
 )
 from slimoe.offload.text.generation import (
     Event,
+    ExchangeNow,
     Failed,
     Finished,
     FinishReason,
@@ -51,6 +52,7 @@ from slimoe.server.process.engine_process import main
 
 TICK_SECONDS = 0.001
 LOGPROB = math.log(0.5)
+EXCHANGE = ExchangeNow("GPU0", "static", "it does not pay", 70, 1, {"copy": 2.0, "host": 4.0}, {"copy": 500.0})
 
 
 class ScriptedEngine:
@@ -194,9 +196,9 @@ class ScriptedEngine:
                 break
             if never_ends:
                 time.sleep(TICK_SECONDS)
-        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, cached_n=1)
+        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, cached_n=1, expected_per_token_ms=50.0)
         self._n_done += 1
-        tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0})
+        tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0}, exchange=(EXCHANGE,))
         yield Finished(reason, text.finish(), timings, self.memory(), tiers, text.stop_text)
 
 

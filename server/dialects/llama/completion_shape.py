@@ -73,7 +73,7 @@ class LlamaCompletion(msgspec.Struct, frozen=True, kw_only=True):
     tokens_cached: int
     timings: wire.TimingsInfo
     completion_probabilities: list[TokenProbability] | UnsetType = UNSET
-    tiers: dict[str, float | bool | None] | UnsetType = UNSET
+    tiers: wire.TiersInfo | UnsetType = UNSET
     memory: dict[str, int]
 
 

@@ -17,8 +17,11 @@ from slimoe.offload.experts.device_watch import DeviceWatch
 from slimoe.offload.machine.upload_costs import UploadCosts
 from slimoe.offload.machine.watchdog import Part, Watchdog
 from slimoe.offload.plan.engine_config import EngineConfig
+from slimoe.offload.plan.prediction import known_as, predict_plan
+from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams
 from tests.models.configs import engine_config
 from tests.models.conversation import TOKENS, Array
+from tests.models.measured_machine import machine_for
 from tests.models.tier_models import plain_model
 from tests.models.tiered import device_engine, resident_engine
 
@@ -38,7 +41,7 @@ def config_of(path: Path, *endpoints: str, policy: str = "lfu-decay") -> EngineC
 
 @dataclass
 class Steady:
-    """A watch to which all tokens take the same time, whatever goes on."""
+    """A watch to which all tokens take the same time, so long that something is measured again after each."""
 
     inner: DeviceWatch
 
@@ -51,7 +54,7 @@ class Steady:
         self.inner.watchdog = watchdog
 
     def step(self, seconds: float, *, is_token: bool) -> None:
-        self.inner.step(0.1, is_token=is_token)
+        self.inner.step(1e6, is_token=is_token)
 
 
 def watched(engine: Engine, probe: Callable[[Part], float | None]) -> DeviceExperts:
@@ -168,3 +171,45 @@ def test_policies_that_load_whatever_they_miss_are_not_watched(server: RpcServer
         assert device.choice is not None
         decoded(engine, 30)
         assert device.n_swaps > 0
+
+
+def test_an_answer_tells_what_was_expected_and_what_is_measured(server: RpcServer, tmp_path: Path) -> None:
+    now = {"host": FAST.host, "device": FAST.device, "copy": FAST.copy}
+    with closing(device_engine(config_of(plain_model(tmp_path), server.endpoint), 0.3)) as engine:
+        watched(engine, lambda part: now[part])
+        told = [answered(engine).tiers]
+        now["copy"] = 1000 * FAST.copy
+        told.append(answered(engine).tiers)
+    first, second = (one.exchange[0] for one in told)
+    assert (first.mode, first.since_token, first.n_changes) == ("upload", 0, 0)
+    assert first.expected_ms == second.expected_ms == pytest.approx({"copy": 1, "host": 1, "device": 0.1})
+    assert (second.mode, second.n_changes) == ("static", 1)
+    assert "an upload takes 1000 ms" in second.reason
+    assert 40 <= second.since_token < 80
+    assert [one.exchange[0].measured_ms["copy"] for one in told] == pytest.approx([1, 1000])
+    assert [one.counts["exchange_changes"] for one in told] == [0, 1]
+
+
+def answered(engine: Engine) -> Finished:
+    *_, end = engine.generate(GenerationRequest((5,), 41, SamplingParams(temperature=0), ignore_eos=True))
+    assert isinstance(end, Finished)
+    return end
+
+
+def test_an_answer_tells_what_the_plan_has_promised(
+    server: RpcServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another machine too, asked before the model is opened there; nothing where nothing was measured."""
+    config = config_of(plain_model(tmp_path), server.endpoint)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with closing(device_engine(config, 0.3)) as engine:
+        assert answered(engine).timings.expected_per_token_ms is None
+        assert engine.snapshot().work.speed.predicted is None
+        plan = engine.plan
+    speed = machine_for(plan, *(known_as(device.device) for device in plan.devices))
+    monkeypatch.setattr("slimoe.offload.observation.measure_machine", lambda config, plan, on_measure: speed)
+    with closing(device_engine(config, 0.3)) as engine:
+        expected = answered(engine).timings.expected_per_token_ms
+        promised = engine.snapshot().work.speed.predicted
+    assert expected == predict_plan(plan, speed).decode.ms_per_token
+    assert promised == pytest.approx(1000 / expected)

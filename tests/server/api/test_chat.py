@@ -35,13 +35,23 @@ async def test_a_whole_answer(client: AsyncOpenAI) -> None:
 
 async def test_figures_of_tiers_and_memory(server: LiveServer) -> None:
     tiers = {"hits": 3, "misses": 1, "bytes_read": 100, "hit_share": 0.75, "is_shared": False}
+    exchange = {
+        "device": "GPU0",
+        "mode": "static",
+        "reason": "it does not pay",
+        "since_token": 70,
+        "n_changes": 1,
+        "expected_ms": {"copy": 2.0, "host": 4.0},
+        "measured_ms": {"copy": 500.0},
+    }
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO}) as response:
             text = await response.text()
         async with session.post(f"{server.url}/v1/completions", json={"prompt": "a", "stream": True}) as response:
             last = (await response.text()).split("\n\n")[-3].removeprefix("data: ")
     for answer in (json.loads(text), json.loads(last)):
-        assert json.dumps(answer["tiers"]) == json.dumps(tiers)
+        assert json.dumps(answer["tiers"]) == json.dumps({**tiers, "exchange": [exchange]})
+        assert answer["timings"]["expected_per_token_ms"] == 50
         assert answer["memory"]["weights"] > 0
 
 

@@ -10,6 +10,7 @@ import sentencepiece
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from slimoe.server.api.metrics import MODES
 from tests.models.live_server import LiveServer
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
 
@@ -120,6 +121,24 @@ async def test_what_is_told_about_the_model(server: LiveServer) -> None:
     assert {"llamacpp:prompt_tokens_seconds", "llamacpp:requests_deferred"} <= set(metrics.split())
     body = {"messages": [{"role": "user", "content": "a </s>"}]}
     assert await post(server, "/apply-template", body) == {"prompt": "<s>[INST] a </s> [/INST]"}
+
+
+async def test_metrics_have_what_was_predicted_beside_what_was_measured(server: LiveServer) -> None:
+    await post(server, "/completion", {"prompt": "a b c", "n_predict": 3})
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
+        metrics = await response.text()
+    told = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line[0] != "#"}
+    assert told['slimoe_token_seconds{kind="predicted",model="tiny"}'] == 0.05
+    assert told['slimoe_token_seconds{kind="measured",model="tiny"}'] == 0.002
+    device = 'device="GPU0"'
+    modes = [told[f'slimoe_exchange_mode{{{device},mode="{mode}",model="tiny"}}'] for mode in MODES]
+    assert modes == [1, 0, 0]
+    assert told[f'slimoe_exchange_since_token{{{device},model="tiny"}}'] == 70
+    copies = [
+        told[f'slimoe_exchange_seconds{{{device},kind="{kind}",model="tiny",what="copy"}}']
+        for kind in ("predicted", "measured")
+    ]
+    assert copies == [0.002, 0.5]
 
 
 async def test_llama_servers_metrics_are_the_timings_of_the_answers(server: LiveServer) -> None:

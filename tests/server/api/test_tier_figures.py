@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +21,7 @@ from slimoe.server.cli import run
 from slimoe.server.commands import run as run_command
 from tests.models.configs import engine_config
 from tests.models.live_server import LiveServer, live_server, until
+from tests.models.scripted_engine import EXCHANGE
 from tests.models.tier_models import plain_model, uneven_model
 from tests.models.tiered import tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
@@ -132,7 +134,14 @@ def body() -> dict[str, object]:
 
 
 async def test_answers_tell_of_the_tiers(model: Path, body: dict[str, object]) -> None:
-    expected = {"hits": 3.0, "misses": 1.0, "bytes_read": 100.0, "hit_share": 0.75, "is_shared": False}
+    expected: dict[str, object] = {
+        "hits": 3.0,
+        "misses": 1.0,
+        "bytes_read": 100.0,
+        "hit_share": 0.75,
+        "is_shared": False,
+    }
+    expected["exchange"] = [msgspec.to_builtins(EXCHANGE)]
     async with live_server(model) as server, aiohttp.ClientSession(server.url) as session:
         async with session.post("/v1/chat/completions", json=body) as response:
             assert (await response.json())["tiers"] == expected

@@ -14,7 +14,7 @@ from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.machine.cost_model import Prediction
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.speed import MachineSpeed, Overheads
-from slimoe.offload.machine.upload_costs import ExchangeChoice
+from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts
 from slimoe.offload.plan import machine
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
@@ -237,9 +237,13 @@ def test_what_becomes_of_experts_that_a_card_lacks_is_told(tmp_path: Path) -> No
     one = Prediction(1.0, 1.0, "cpu", {"cpu": 1.0})
     choice = ExchangeChoice("static", "experts on the card stay: an upload takes 12 ms, saves 0.3 ms per use")
     plan = plan_engine(engine_config(write_tiny_gguf(tmp_path / "m.gguf", None), n_ctx=64))
-    report = PlanReport(plan, PlanPrediction(one, 1, one, 1, {"GPU0": choice}))
+    costs = {"GPU0": UploadCosts(host=4e-3, device=1e-3, copy=12e-3, host_beside=4e-3, copy_beside=12e-3)}
+    report = PlanReport(plan, PlanPrediction(one, 1, one, 1, {"GPU0": choice}, costs))
     assert [line for line in report.speed_lines() if line.startswith("GPU0 ") and line.endswith(choice.reason)]
-    assert report.as_json()["prediction"]["exchange"] == {"GPU0": {"mode": "static", "reason": choice.reason}}
+    assert any(line.startswith("while it runs ") for line in report.speed_lines())
+    told = report.as_json()["prediction"]["exchange"]["GPU0"]
+    assert (told["mode"], told["reason"]) == ("static", choice.reason)
+    assert told["expected_ms"] == pytest.approx({"copy": 12, "host": 4, "device": 1})
 
 
 def test_a_model_that_needs_the_other_machine_is_compared_with_nothing(
