@@ -39,7 +39,7 @@ class Played:
     choice: ExchangeChoice
 
 
-class _Residents:
+class Residents:
     """The experts on the device, as `swap.Residents`."""
 
     def __init__(self, is_here: NDArray[np.bool_]) -> None:
@@ -64,7 +64,7 @@ def played(
     policy = make_policy("lfu-decay", PolicyContext(n_layer, n_expert, n_used, priors))
     costs = measured(machine, n_bytes)
     choice = choose_exchange(costs, n_used)
-    residents, counts = _Residents(most_used(policy.values, n_slots)), Counts.empty(n_tokens, n_layer)
+    residents, counts = Residents(most_used(policy.values, n_slots)), Counts.empty(n_tokens, n_layer)
     uploads = LayerUploads(policy, costs, np.zeros(policy.shape, np.int32)) if choice.mode == "upload" else None
     exchange = SlotExchange(policy, SwapRule(costs.gain, costs.copy), lambda key: 0) if choice.mode == "swap" else None
     for token in range(n_tokens):

@@ -15,7 +15,7 @@ from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, cho
 
 Part = Literal["copy", "host", "device"]
 PARTS: tuple[Part, ...] = ("copy", "host", "device")
-PROBE_SHARE = 0.01
+PROBE_SHARE = 0.005
 """Of the steps' time goes to measuring again; more only to make sure of what seems off."""
 DRIFT = 1.5
 """What is measured is off when it is so many times more, or less, than what was decided by."""
@@ -25,10 +25,14 @@ _GRAIN = 2e-5
 """Seconds by which a measurement may be off whatever it measures."""
 _LATEST, _FEWEST = 5, 3
 """The median of the latest five measurements counts, of three at least: two outliers change nothing."""
+_STARTLING, _USUAL_TOKENS, _CALM_TOKENS = 1.5, 16, 64
+"""With uploads, two tokens so many times as long as the median of those before have a copy measured and tokens compared
+at once, but not again within 64 tokens."""
 BLOCK = 8
 """Tokens without uploads that are compared with as many before and after them."""
-_FIRST_BLOCK, _NEXT_BLOCK = 32, 256
-"""Tokens before the first comparison after opening, and between two that found uploads to be no slower."""
+_FIRST_BLOCK, _NEXT_BLOCK, _LONGEST_BLOCK = 32, 256, 2048
+"""Tokens before the first comparison after opening, and between two that found uploads to be no slower: twice as many
+after each, unless tokens are suddenly slower."""
 _SLOWER, _MUCH_SLOWER, _ENOUGH = 1.05, 1.5, 4
 """Uploads go when comparisons in a row weigh enough: slower counts one, much slower two."""
 _BAR, _LONGEST_BAR = 128, 8192
@@ -63,6 +67,8 @@ class Watchdog:
         self._measured: dict[Part, deque[float]] = {part: deque(maxlen=_LATEST) for part in PARTS}
         self._suspect: Part | None = None
         self._n_confirming = 0
+        self._usual = deque[float](maxlen=_USUAL_TOKENS)
+        self._n_startling = self._calm_until = 0
         self._n_probes = 0
         self._busy = self._owed = 0.0
         self._barred_until, self._bar = 0, _BAR
@@ -125,11 +131,22 @@ class Watchdog:
         if self.n_tokens == self._barred_until:
             self._choose("it is tried again")
         elif self.choice.mode == "upload":
+            self._look_at(seconds)
             self._compare(seconds)
         return before != (self.choice, self.is_still)
 
+    def _look_at(self, seconds: float) -> None:
+        """Suspects the link where tokens have become slower all of a sudden."""
+        is_startling = len(self._usual) == _USUAL_TOKENS and seconds > _STARTLING * median(self._usual)
+        self._n_startling = self._n_startling + 1 if is_startling else 0
+        self._usual.append(seconds)
+        if self._n_startling == 2 and self.n_tokens >= self._calm_until and self._suspect is None:
+            self._suspect, self._n_confirming, self._until = "copy", 0, 0
+            self._calm_until = self.n_tokens + _CALM_TOKENS
+
     def _start_comparing(self) -> None:
         self._is_pausing, self._evidence, self._until = False, 0, BLOCK if self.n_changes else _FIRST_BLOCK
+        self._next_block = _NEXT_BLOCK
         self._before, self._staying, self._after = deque[float](maxlen=BLOCK), list[float](), list[float]()
 
     def _compare(self, seconds: float) -> None:
@@ -155,7 +172,8 @@ class Watchdog:
         self._evidence = 0 if ratio <= _SLOWER else self._evidence + (2 if ratio > _MUCH_SLOWER else 1)
         self._before.extend(self._after)
         self._staying, self._after = [], []
-        self._until = 0 if self._evidence else _NEXT_BLOCK
+        self._until = 0 if self._evidence else self._next_block
+        self._next_block = _NEXT_BLOCK if self._evidence else min(_LONGEST_BLOCK, 2 * self._next_block)
         if self._evidence >= _ENOUGH:
             took = (
                 f"tokens took {shown_ms(self.tokens.uploading)} with uploads, {shown_ms(self.tokens.staying)} without"
