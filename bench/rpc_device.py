@@ -73,7 +73,7 @@ _MOVE, _HIT, _MISS = RATES["device"]
 CARD = Tier(GB * _MOVE, GB * _HIT, GB * _MISS, computes_misses=True)
 N_PROMPT, N_ANSWER = 64, 192
 N_LINK_PROMPT, N_LINK_ANSWER = 256, 48
-N_OVER_EACH, N_SMOKE_OVER_EACH, N_DEVICE_THREADS = 320, 96, 2
+N_SMOKE_OVER_EACH, N_DEVICE_THREADS = 96, 2
 HALF = 0.5
 TOLERANCE = 0.01
 
@@ -325,7 +325,9 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 @click.option("--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, default=["lfu-decay", "lru"])
 @click.option("--rule", type=click.Choice(["card", "measured"]), default="card", show_default=True)
 @click.option("--routing", type=click.Choice(list(STYLES)), default="natural", show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=N_ANSWER, show_default=True, help="Read one by one; over each link."
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", help="A device of this machine.  [default: an RPC server over the CPU]")
 @click.option(
@@ -356,7 +358,7 @@ def main(
             raise UsageError("A --link that changes, as 10Gbit,1ms/1Gbit,1ms, is the only one. Leave the others out.")
         networks = [parse_link(one) for link in links for one in link.split("/")]
         if changing:
-            n_prompt, n_answer = N_PROMPT, (N_SMOKE_OVER_EACH if smoke else N_OVER_EACH) * len(networks)
+            n_prompt, n_answer = N_PROMPT, (N_SMOKE_OVER_EACH if smoke else tokens) * len(networks)
         with ExitStack() as stack:
             is_shape = name in MODELS
             path = stack.enter_context(random_model_file(name, "Q4_K", routing=routing)) if is_shape else Path(name)
