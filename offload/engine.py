@@ -116,7 +116,7 @@ class Engine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person about how the model was opened, to be told once."""
-        return self.plan.notes
+        return (*self.plan.notes, *self._model.notes)
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 

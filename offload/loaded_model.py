@@ -85,6 +85,11 @@ class LoadedModel:
         held = self._plan.host_bytes if self.tiers is None else self.tiers.memory()
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What opening has found out that no plan knows."""
+        return () if self.tiers is None else self.tiers.notes
+
     def adapt(self, config: EngineConfig, plan: EnginePlan) -> bool:
         """Carries out another plan for the same model where that takes no opening anew, and returns whether it did."""
         if plan.is_resident and self._plan.is_resident:

@@ -204,6 +204,7 @@ def _memory_use(config: EngineConfig, plan: EnginePlan, model: LoadedModel) -> M
     if plan.driver_bytes:
         by_use["drivers"] = plan.driver_bytes
     setting = config.memory.ram or "auto"
+    by_use |= {"pinned": held["pinned"]} if "pinned" in held else {}
     places = [MemoryPlace("host", setting, plan.available, plan.reserve, by_use)]
     for index, device in enumerate(plan.devices):
         uses = {"weights": device.weights, "experts": device.slots, "kv": device.kv, "compute": device.compute}

@@ -12,6 +12,7 @@ from slimoe.offload.cache.policy import Policy, PolicyContext, Values, make_poli
 from slimoe.offload.cache.residency import Key, most_valuable
 from slimoe.offload.cache.router_trace import TraceHeader, TraceWriter, routers_hash
 from slimoe.offload.cache.slots import TierPlan, fit_slots, slot_kinds
+from slimoe.offload.cache.uploads import Uploads
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.constant_experts import read_constant_experts
 from slimoe.offload.experts.device_experts import DeviceExperts
@@ -36,7 +37,7 @@ from slimoe.offload.lossy.step import LossyStep
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.tensors import ModelSources
-from slimoe.offload.plan.device_plan import N_PASSING, DevicePlan
+from slimoe.offload.plan.device_plan import DevicePlan
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.program_memory import most_logit_rows, request_bytes
@@ -88,7 +89,13 @@ class Tiers:
         # `arena` is what the version before called it.
         host_pool = {} if self.host_pool is None else {"host_pool": n_bytes, "arena": n_bytes}
         on_devices = {device.device.name: device.required for device, _ in self.devices}
-        return {**self.plan.host_bytes, **host_pool, **on_devices}
+        pinned = sum(one.link.n_bytes for _, one in self.devices if one is not None)
+        return {**self.plan.host_bytes, **host_pool, **({"pinned": pinned} if pinned else {}), **on_devices}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What opening has found out that no plan knows."""
+        return tuple(one.link.note for _, one in self.devices if one is not None and one.link.note)
 
     def exchange(self) -> tuple[ExchangeNow, ...]:
         """How each device exchanges experts that has slots for some and watches what that costs."""
@@ -228,7 +235,10 @@ class _Opening:
             if plan.lossy is not None:
                 memory = ResidentExperts(plan.layers, host_pool, reader, self._on_devices)
                 lossy = LossyStep(plan.layers, plan.lossy.tables, plan.lossy.chooser, memory, plan.lossy.limit)
-            runner.attach(self._moe_step(parts, host, graphs, host_pool, experts, lossy))
+            moe_step = self._moe_step(parts, host, graphs, host_pool, experts, lossy)
+            runner.attach(moe_step)
+            # Before the memory goes that copies to devices read.
+            self._opened.callback(moe_step.rest)
             single = self._single_tokens(parts[0], host_pool, taken)
             if single is not None:
                 runner.attach_single(single)
@@ -277,12 +287,11 @@ class _Opening:
         if device.is_whole:
             return DevicePart(backend, exchange, device.layers, cache, weights)
         enter = self._opened.enter_context
-        pools = {
-            bank: enter(closing(SlotPool(backend, bank.slot_class, bank.n_slots, N_PASSING))) for bank in device.banks
-        }
+        link = enter(closing(Uploads(device.device, device.pinned)))
+        pools = {bank: enter(closing(SlotPool(backend, link, bank))) for bank in device.banks}
         graphs = SlotGraphs(backend, exchange, pools, plan.spec.architecture, weights.layers)
         own = {key: copy for key, copy in self._copies.items() if key[0] in device.layers}
-        experts = DeviceExperts(pools, enter(closing(graphs)), own, self._on_devices)
+        experts = DeviceExperts(pools, enter(closing(graphs)), own, self._on_devices, link)
         return DevicePart(backend, exchange, device.layers, cache, weights, experts)
 
     def _store(self, backend: Backend) -> WeightStore:

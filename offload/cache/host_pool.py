@@ -66,6 +66,7 @@ class HostPool:
         self._needed: set[Key] = set()
         self._pinned: set[Key] = set()
         self._held: frozenset[Key] = frozenset()
+        self._held_for: dict[str, frozenset[Key]] = {}
         self._invested: HostSlot | None = None
         self.counters = HostPoolCounters()
         self.n_resized = 0
@@ -127,6 +128,7 @@ class HostPool:
                         pool.free(slot.key)
                 slot.read = None
         self._needed, self._pinned, self._held, self._invested = set(), set(), frozenset(), None
+        self._held_for.clear()
         for kind, n in n_slots.items():
             self._pools[kind].resize(n)
         self._note_slots()
@@ -191,9 +193,10 @@ class HostPool:
         self._needed = keys | self._held
         self._pinned = self._needed.union(likely)
 
-    def hold(self, keys: Collection[Key]) -> None:
-        """Keeps these from leaving whatever is pinned, until the next call."""
-        self._held = frozenset(keys)
+    def hold(self, keys: Iterable[Key], why: str) -> None:
+        """Keeps these from leaving whatever is pinned, until the next call for the same reason."""
+        self._held_for[why] = frozenset(keys)
+        self._held = frozenset[Key]().union(*self._held_for.values())
         self._needed |= self._held
         self._pinned |= self._held
 

@@ -26,6 +26,8 @@ from slimoe.offload.model.architecture import Architecture
 
 _MAX_GRAPHS = 32
 _N_NODES = 72
+_HELD_INPUTS = 16
+"""So many inputs of a batch's graphs are kept that were begun, before these are waited for."""
 _ALIGNED = 64
 """Integers between the beginnings of two inputs that travel together: backends ask for 256 bytes at most."""
 
@@ -106,9 +108,13 @@ class SlotGraphs:
         """Size of the buffer that the graphs share."""
         return self._graphs.n_bytes
 
-    def begin(self, works: Sequence[SlotWork], n_tokens: int) -> None:
-        """Begins to fill the columns of all pairs; later work of the backend comes after it."""
-        self._settle()
+    def begin(self, works: Sequence[SlotWork], n_tokens: int, after: int = 0) -> None:
+        """Begins to fill the columns of all pairs; later work of the backend comes after it.
+
+        With `after`, a mark of the uploads to their slots, the graphs wait for that.
+        """
+        if n_tokens == 1 or len(self._inputs) >= _HELD_INPUTS:
+            self._settle()
         n_used = self._exchange.shape.n_used
         for work in works:
             assert work.slots.size
@@ -122,8 +128,14 @@ class SlotGraphs:
                 parts.append(work.experts)
             numbers = np.zeros((len(parts), _aligned(len(work.slots))), np.int32)
             numbers[:, : len(work.slots)] = parts
+            # Before the waiting: some drivers let the host wait for a copy of its own memory, and all before that.
             self._send(prepared.numbers, numbers)
+            self._backend.wait(after)
             self._backend.compute_async(prepared.graph)
+
+    def mark(self) -> int:
+        """Marks the end of what was begun so far, for uploads to wait for."""
+        return self._backend.mark()
 
     def write(self, columns: NDArray[np.integer[Any]], rows: NDArray[np.float32]) -> None:
         """Puts rows [n, n_embd] that were computed elsewhere into these columns, after what has begun."""
@@ -134,7 +146,7 @@ class SlotGraphs:
         self._backend.compute_async(prepared.graph)
 
     def _settle(self) -> None:
-        self._backend.synchronize()  # the inputs of the last time have been read, too
+        self._backend.synchronize()  # the inputs so far have been read, too
         self._inputs.clear()
 
     def _send(self, tensor: int, values: NDArray[Any]) -> None:

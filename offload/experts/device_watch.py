@@ -2,18 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from threading import Event
 
 from slimoe.offload.cache.device_pool import Bank
 from slimoe.offload.cache.policy import Policy
+from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
-from slimoe.offload.experts.device_experts import DeviceExperts, ExpertTimes, LinkTimes
+from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.layer_uploads import LayerUploads
 from slimoe.offload.graph.exchange import Exchange
+from slimoe.offload.machine.expert_times import ExpertTimes, LinkTimes
 from slimoe.offload.machine.upload_costs import UploadCosts
 from slimoe.offload.machine.watchdog import Part, Watchdog
 from slimoe.offload.text.generation import ExchangeNow
@@ -21,6 +24,8 @@ from slimoe.offload.text.generation import ExchangeNow
 _log = logging.getLogger(__name__)
 _ROUNDS = 3
 _MANY = 64
+_MEASURED = "measured"
+"""Why an expert is kept in host memory while it is copied and computed over and over."""
 Probe = Callable[[Part], float | None]
 """Seconds of an expert for one token as measured now, None where none can be measured."""
 
@@ -99,14 +104,14 @@ class LinkProbes:
         key, bank, device, host = self._key, self._bank, self._device, self._host
         if key is None or bank is None:
             return None
-        with host.held([key]):
+        with self._held(key):
             copy = partial(device.copy_passing, host.addresses(key), bank)
             copied = fastest(copy, self._wait)
             there = measure_times(lambda n: device.run_passing(bank, n), n_batch, self._wait)
             here = measure_times(lambda n: host.run_one(key, n), n_batch)
             beside = measure_beside(lambda: host.run_one(key, 1), copy, self._wait)
         costs = UploadCosts(here.one, there.one, copied, max(here.one, beside[0]), max(copied, beside[1]))
-        return LinkTimes(here, there, copied), costs
+        return LinkTimes(here, there, copied, device.link.is_apart), costs
 
     def seconds(self, part: Part) -> float | None:
         """A `Probe`."""
@@ -115,7 +120,8 @@ class LinkProbes:
             key = self._key = next((one for one in self._able if self._host.has(one)), None)
         if key is None or bank is None:
             return None
-        with self._host.held([key]):
+        self._device.arrive()
+        with self._held(key):
             if part == "host":
                 return fastest(partial(self._host.run_one, key, 1), n_rounds=1)
             if part == "copy":
@@ -123,6 +129,14 @@ class LinkProbes:
             else:
                 run = partial(self._device.run_passing, bank, 1)
             return fastest(run, self._wait, n_rounds=1)
+
+    @contextmanager
+    def _held(self, key: Key) -> Iterator[None]:
+        self._host.hold([key], _MEASURED)
+        try:
+            yield
+        finally:
+            self._host.hold((), _MEASURED)
 
     def _wait(self) -> None:
         """Reads a number: an RPC server has then done all before, of which others only know that it was sent."""
@@ -157,7 +171,8 @@ class DeviceWatch:
         """Carries out the choice of the moment."""
         watchdog, policy, times, device = self.watchdog, self._policy, self._times, self._device
         costs, device.choice = watchdog.costs, watchdog.choice
-        device.times = LinkTimes(times.host.at(costs.host), times.device.at(costs.device), costs.copy)
+        host, there = times.host.at(costs.host), times.device.at(costs.device)
+        device.times = LinkTimes(host, there, costs.copy, times.is_apart)
         rule = SwapRule(costs.gain, costs.copy)
         device.swaps = None if watchdog.is_still else SlotExchange(policy, rule, device.bank_of)
         does_upload = watchdog.choice.mode == "upload" and policy.in_uses_per_token and not watchdog.is_still

@@ -1,7 +1,6 @@
 """Experts that the CPU computes: from the host expert cache, or read into it; predicted ones are prefetched."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from typing import Any
@@ -368,14 +367,9 @@ class HostExperts:
         """Where gate, up and down of an expert begin that is here."""
         return self._host_pool.addresses(self._host_pool.demand(key, self._copy(key), counts=0))
 
-    @contextmanager
-    def held(self, keys: Iterable[Key]) -> Iterator[None]:
-        """Keeps experts here for as long as something reads them."""
-        self._host_pool.hold(list(keys))
-        try:
-            yield
-        finally:
-            self._host_pool.hold(())
+    def hold(self, keys: Iterable[Key], why: str) -> None:
+        """Keeps experts here that something reads, until the next call for the same reason."""
+        self._host_pool.hold(keys, why)
 
     def replace(self, gone: Key, come: Key) -> None:
         """An expert went to a device, and another has come back from there: it is read when nothing else is."""

@@ -1,7 +1,7 @@
 """The MoE step of a cut layer, between two segments: each selected expert is computed where it lies."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event
 
@@ -14,7 +14,6 @@ from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.routed_tokens import RoutedTokens, group_by_expert
 from slimoe.offload.cache.router_trace import ANSWER, PROMPT, TraceRun, TraceWriter
 from slimoe.offload.experts.constant_experts import ConstantExperts, write_constant_experts
-from slimoe.offload.experts.device_experts import DeviceExperts, choose_streams
 from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.hit_path import HitPath
 from slimoe.offload.experts.host_experts import NO_LOGITS, EarlyLogits, HostExperts
@@ -22,10 +21,18 @@ from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.segment import Segment
 from slimoe.offload.lossy.step import LossyStep
+from slimoe.offload.machine.expert_times import choose_streams
 from slimoe.offload.model.experts import ExpertLayer
 
 _INVEST_MARGIN = 1.3
 """How much more often an expert must be used than the one whose place it takes for good."""
+
+_NEARLY_ALL = 2
+"""A batch whose tokens select so many times as many experts as a layer has is taken to need all of them: 86 of 100, if
+they are selected independently of each other."""
+
+_STREAMED, _AHEAD, _SWAPPED = "streamed", "ahead", "swapped"
+"""Why experts are kept in host memory while they are copied."""
 
 _ELSEWHERE = -1
 """In place of a stored expert that the host does not compute."""
@@ -63,7 +70,12 @@ class MoEStep:
         self._missed: list[tuple[int, NDArray[np.int64]]] = []
         self._lowered: set[Key] = set()
         # A device that fills its slots over the link would keep the CPU from its own experts.
-        self._link = ThreadPoolExecutor(1, "link")
+        self._link, self._behind = ThreadPoolExecutor(1, "link"), ThreadPoolExecutor(1, "swap")
+        self._ahead: list[Key] = []
+        self._copying_ahead: Future[None] | None = None
+        self._is_swapping = False
+        self._given_up = Event()
+        self._n_out, self._n_used = 1, max((one.n_expert_used for one in layers if one is not None), default=1)
         self._is_decode = np.zeros(0, np.bool_)
         self._is_token = False
         self._arrived, self._exchanged = list[Key](), list[Key]()
@@ -76,14 +88,19 @@ class MoEStep:
     def begin(self, batch: Batch) -> None:
         """Notes which rows of a batch continue an answer, and which read a prompt."""
         self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
+        self._given_up.set()
+        self._forget_ahead()
         self._host_experts.begin()
         if self._hit_path is not None:
             self._hit_path.begin()
+        self._n_out = batch.n_out
         self._missed.clear()
         self._lowered.clear()
         self._arrived.clear()
         self._exchanged.clear()
         self._is_token = batch.n_tokens == 1 and bool(self._is_decode[0])
+        if not self._is_token or any(device.uploads is not None for device in self._devices):
+            self._arrive()
         for device in self._devices if self._is_token else ():
             device.begin_token()
         if self._lossy is not None:
@@ -181,7 +198,7 @@ class MoEStep:
             host.write("expert_weights", exchange.read("expert_weights", n_rows, shape.n_used))
         if there.size:
             device.begin(index, there, columns[is_there], n_rows, is_token=n_rows == 1 and not banks.may_repeat)
-        with self._streaming(device, streamed, n_rows):
+        with self._streaming(index, streamed, n_rows):
             elsewhere = np.append(there, [one.key[1] for one in streamed]) if streamed else there
             self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, elsewhere)
         if on_host.size:
@@ -209,11 +226,38 @@ class MoEStep:
             for one in group_by_expert(index, layer, hosts, copies)
             if not one.copy_index and device.bank_of(one.key) is not None and self._host_experts.has(one.key)
         ]
-        n_device = np.unique(there, return_counts=True)[1].tolist()
+        copied = [one for one in here if one.key in self._ahead]
+        left = [one for one in here if one.key not in self._ahead]
+        n_device = np.unique(there, return_counts=True)[1].tolist() + [len(one.columns) for one in copied]
         # What is streamed keeps its slot, and the host needs one for the others.
         n_most = max(0, self._host_experts.n_free_to_pin - 1)
-        chosen = choose_streams([len(one.columns) for one in here], n_device, device.times)
-        return [here[number] for number in chosen[:n_most]]
+        chosen = choose_streams([len(one.columns) for one in left], n_device, device.times)
+        return copied + [left[number] for number in chosen[:n_most]]
+
+    def _choose_ahead(self, index: int, n_streamed: int) -> list[Key]:
+        """Which experts of the next layer are copied as soon as this one's are, of which `n_streamed` were.
+
+        The most valuable of those that a batch would have copied then, if it is one that needs nearly all of them.
+        """
+        part, later, host = self.parts[index], index + 1, self._host_experts
+        layer = self.layers[later] if later < len(self.layers) else None
+        device, n_rows = part.experts, self._n_out if later == len(self.layers) - 1 else len(self._is_decode)
+        if layer is None or device is None or not device.link.is_apart or self.parts.get(later) is not part:
+            return []
+        if n_rows * layer.n_expert_used < _NEARLY_ALL * len(layer.experts):
+            return []
+        keys = [(later, expert) for expert in range(len(layer.experts))]
+        able = [one for one in keys if one not in device and device.bank_of(one) is not None and host.has(one)]
+        n_most = min(n_streamed, host.n_free_to_pin - 2)
+        return sorted(able, key=self._policy.rank, reverse=True)[: max(0, n_most)]
+
+    def _forget_ahead(self) -> None:
+        """Waits until nothing is copied ahead any more, and lets it go, whether it arrived or failed."""
+        if self._copying_ahead is not None:
+            wait([self._copying_ahead])
+            self._copying_ahead = None
+            self._ahead = []
+            self._host_experts.hold((), _AHEAD)
 
     def _choose_uploaded(
         self,
@@ -245,25 +289,37 @@ class MoEStep:
         return [here[upload.expert] for upload in chosen]
 
     @contextmanager
-    def _streaming(self, device: DeviceExperts, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
-        """Streams experts while the host does its own; nobody else may use the device meanwhile."""
+    def _streaming(self, index: int, streamed: list[RoutedTokens], n_rows: int) -> Iterator[None]:
+        """Streams experts while the host does its own; nobody else may begin graphs on the device meanwhile."""
         if not streamed:
+            self._forget_ahead()
             yield
             return
-        given_up = Event()
-        with self._host_experts.held(one.key for one in streamed):
-            work = [(one, self._host_experts.addresses(one.key)) for one in streamed]
-            streaming = self._link.submit(device.stream, work, n_rows, given_up.is_set)
+        device, host = self.parts[index].experts, self._host_experts
+        assert device is not None
+        # What was copied ahead, perhaps for nothing, may still be read until this layer's begin to be copied.
+        host.hold([*self._ahead, *(one.key for one in streamed)], _STREAMED)
+        work = [(one, host.addresses(one.key)) for one in streamed]
+        self._given_up = given_up = Event()
+        copied_ahead = self._copying_ahead
+        streaming = self._link.submit(device.stream, work, n_rows, given_up.is_set)
+        self._ahead = self._choose_ahead(index, len(streamed)) if n_rows > 1 else []
+        host.hold(self._ahead, _AHEAD)
+        ahead = [(key, host.addresses(key)) for key in self._ahead]
+        self._copying_ahead = self._link.submit(device.stream_ahead, ahead, given_up.is_set) if ahead else None
+        try:
+            yield
+        except BaseException:
+            given_up.set()
+            raise
+        finally:
             try:
-                yield
-            except BaseException:
-                given_up.set()
-                raise
+                streaming.result()
+                if copied_ahead is not None:
+                    copied_ahead.result()
             finally:
-                try:
-                    streaming.result()
-                finally:
-                    self._arrived += device.settle()
+                host.hold((), _STREAMED)
+                self._arrived += device.settle()
 
     def end(self) -> None:
         """A step is complete: what is worth more than what a device has takes its place."""
@@ -275,14 +331,23 @@ class MoEStep:
         if self._hit_path is not None:
             self._hit_path.flush(self._policy, self._uses)
         missed = [(layer, expert) for layer, experts in self._missed for expert in experts.tolist()]
-        host = self._host_experts
+        host, coming = self._host_experts, list[Key]()
         for newcomer, victim in zip(self._arrived, self._exchanged, strict=False):
             host.replace(newcomer, victim)
+        self._arrive()
         for device in self._devices:
             is_done = device.swaps is None or (self._is_token and device.uploads is not None)
             swaps = [] if is_done or device.swaps is None else device.swaps.choose(device, missed, host.has)
             for victim, newcomer in swaps:
-                device.put(newcomer, host.addresses(newcomer), victim)
+                coming.append(newcomer)
+                host.hold(coming, _SWAPPED)
+                if host.n_free_to_pin >= self._n_used:
+                    device.swap(newcomer, host.addresses(newcomer), victim, self._behind)
+                    self._is_swapping = True
+                else:
+                    device.put(newcomer, host.addresses(newcomer), victim)
+                    coming.remove(newcomer)
+                    host.hold(coming, _SWAPPED)
                 host.replace(newcomer, victim)
         self._policy.end_token()
 
@@ -292,9 +357,23 @@ class MoEStep:
             if device.watch is not None:
                 device.watch.step(seconds, is_token=self._is_token)
 
+    def _arrive(self) -> None:
+        """Waits for experts that the last step has swapped in: as long as another step they had."""
+        if self._is_swapping:
+            for device in self._devices:
+                device.arrive()
+            self._host_experts.hold((), _SWAPPED)
+            self._is_swapping = False
+
+    def rest(self) -> None:
+        """Waits until nothing is copied any more, for good: host memory may go then."""
+        self._given_up.set()
+        self._link.shutdown()
+        self._behind.shutdown()
+
     def close(self) -> None:
         """Frees the graphs and ends the trace."""
-        self._link.shutdown()
+        self.rest()
         self._host_experts.close()
         if self._trace is not None:
             self._trace.close()

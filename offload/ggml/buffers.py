@@ -65,6 +65,10 @@ def ggml_backend_buffer_get_size(buffer: Ptr) -> Size: ...
 
 
 @c_function(_BASE)
+def ggml_backend_buffer_get_type(buffer: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_backend_buffer_clear(buffer: Ptr, value: U8) -> None: ...
 
 

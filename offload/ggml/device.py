@@ -79,6 +79,10 @@ def ggml_backend_dev_buffer_type(device: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_backend_dev_host_buffer_type(device: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_backend_dev_supports_op(device: Ptr, operation: Ptr) -> Bool: ...
 
 
@@ -122,6 +126,10 @@ def ggml_backend_event_new(device: Ptr) -> Ptr: ...
 
 @c_function(_BASE)
 def ggml_backend_event_free(event: Ptr) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_event_synchronize(event: Ptr) -> None: ...
 
 
 @c_function(_BASE)

@@ -15,13 +15,16 @@ from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.ggml.devices import Device, free_now
 from slimoe.offload.resources.memory import human
 
+_MAX_MARKS = 32
+"""So many marks of a queue may be waited for later; setting a further one waits until the first of them is reached."""
+
 
 class DeviceBackend:
     """One queue of work on a device. Everything given to it is carried out in the order it was given.
 
     A second one on the same device is a second queue that runs beside the first, as for uploads during a graph; only
-    `wait_for` and `synchronize` put their work in order. An RPC server has one queue for all. `seconds` is the
-    running total of time spent waiting for graphs.
+    marks and `synchronize` put their work in order. An RPC server has one queue for all. `seconds` is the running total
+    of time spent waiting for graphs.
 
     When an RPC server ends or its connection breaks, ggml ends this process (SIGABRT, from its own sending thread,
     with "Remote RPC server crashed or returned malformed response" on standard error). It does so in each call that
@@ -39,7 +42,8 @@ class DeviceBackend:
         if not handle:
             raise DeviceError(f"{device.name} ({device.description}) cannot be opened. Choose another with --device.")
         self._handle: int | None = handle
-        self._event: int | None = None
+        self._marks: list[int] = []
+        self._n_marks = 0
         self._buft = int(ggml_device.ggml_backend_dev_buffer_type(device.handle) or 0)
 
     # --- memory --------------------------------------------------------------------------------------------
@@ -151,16 +155,33 @@ class DeviceBackend:
         """Waits for all work given so far."""
         self._wait(time.perf_counter())
 
-    def wait_for(self, other: "DeviceBackend") -> None:
-        """Lets what is given from now on begin after all that `other`, on the same device, was given so far."""
-        assert other.device.handle == self.device.handle
-        if self._event is None:
-            self._event = ggml_device.ggml_backend_event_new(self.device.handle)
-        if self._event is None:  # the device knows no events
-            other.synchronize()
-            return
-        ggml_device.ggml_backend_event_record(self._event, other._handle)
-        ggml_device.ggml_backend_event_wait(self._handle, self._event)
+    def mark(self) -> int:
+        """Marks the end of all work given so far, for another queue of the same device to `wait` for; 0 if it is done.
+
+        A mark is good until so many further ones were set as a queue can have.
+        """
+        event = ggml_device.ggml_backend_event_new(self.device.handle) if len(self._marks) < _MAX_MARKS else None
+        if event:
+            self._marks.append(event)
+        elif not self._marks:  # the device knows no events
+            self.synchronize()
+            return 0
+        mark = self._marks[self._n_marks % len(self._marks)]
+        self._n_marks += 1
+        # Reached long ago, but only who has waited for it may set it again: some drivers would keep every one.
+        ggml_device.ggml_backend_event_synchronize(mark)
+        ggml_device.ggml_backend_event_record(mark, self._handle)
+        return mark
+
+    def wait(self, mark: int) -> None:
+        """Lets what is given from now on begin after a mark of another queue of this device."""
+        if mark:
+            ggml_device.ggml_backend_event_wait(self._handle, mark)
+
+    def reach(self, mark: int) -> None:
+        """Waits here until a mark of this queue is reached."""
+        if mark:
+            ggml_device.ggml_backend_event_synchronize(mark)
 
     def _begin(self, graph: int) -> None:
         status = ggml_device.ggml_backend_graph_compute_async(self._handle, graph)
@@ -175,9 +196,11 @@ class DeviceBackend:
 
     def close(self) -> None:
         """Ends the queue; buffers are to be freed before. The object is dead afterwards."""
-        if self._event:
-            ggml_device.ggml_backend_event_free(self._event)
-            self._event = None
         if self._handle:
+            if self._marks:
+                self.synchronize()
+            for mark in self._marks:
+                ggml_device.ggml_backend_event_free(mark)
+            self._marks.clear()
             ggml_backend.ggml_backend_free(self._handle)
             self._handle = None

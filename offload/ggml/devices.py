@@ -38,6 +38,7 @@ class Device:
 
     `hardware_id` is the same for one card that two drivers show, empty where it is not known. What a device holds
     that `shares_host_memory` is taken from the host. It `is_lent` by an RPC server, and then its driver is there.
+    Where it `pins_host_memory` it copies from that by itself.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Device:
     hardware_id: str = ""
     is_lent: bool = False
     driver: DriverMemory = DriverMemory()
+    pins_host_memory: bool = False
 
 
 def available_devices(rpc: Sequence[str] = ()) -> tuple[Device, ...]:
@@ -133,6 +135,7 @@ def _described(handle: int) -> Device:
         is_integrated,
         shares_host_memory=is_integrated or name.startswith(_METAL) or description.startswith(_SOFTWARE),
         hardware_id=(props.device_id or b"").decode(),
+        pins_host_memory=bool(props.caps.asynchronous and props.caps.events and props.caps.host_buffer),
     )
 
 

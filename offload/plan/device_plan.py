@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType
 
-from slimoe.offload.cache.device_pool import Bank, device_slot_bytes
+from slimoe.offload.cache.device_pool import Bank, device_slot_bytes, n_passing
 from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
+from slimoe.offload.cache.uploads import pinned_bytes
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.kv_cache import kv_bytes
@@ -20,8 +21,6 @@ from slimoe.offload.plan.device_support import is_layer_computed, most_stacked
 from slimoe.offload.plan.weight_forms import compute_bytes, matrix_bytes
 from slimoe.offload.resources.memory import human
 
-N_PASSING = 2
-"""Slots of each class for experts that are copied for one step: so many are computed in one graph."""
 _GRAPH_BYTES = 8 << 20
 """A device's copies of graphs and the like."""
 
@@ -65,8 +64,13 @@ class DevicePlan:
         """The slots of each class for experts that stay there."""
         slots: Counter[SlotClass] = Counter()
         for bank in self.banks:
-            slots[bank.slot_class] += bank.n_slots - N_PASSING
+            slots[bank.slot_class] += bank.n_slots - bank.n_passing
         return slots
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory that experts pass through on their way to the device."""
+        return pinned_bytes(self.device, (bank.slot_class for bank in self.banks))
 
     @property
     def required(self) -> int:
@@ -164,8 +168,9 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
     every = slot_classes(needs.experts[layer] for layer in layers)
-    most = {kind: most_stacked(device, spec.architecture, kind, n + N_PASSING) for kind, n in every.items()}
-    classes = {kind: n for kind, n in every.items() if most[kind] > N_PASSING}
+    passing = _passing(needs, layers)
+    most = {kind: most_stacked(device, spec.architecture, kind, n + passing[kind]) for kind, n in every.items()}
+    classes = {kind: n for kind, n in every.items() if most[kind] > passing[kind]}
     left = tuple(kind for kind in every if kind not in classes)
     own = [needs.sources.layers[layer] for layer in layers]
     may_be_whole = needs.may_be_whole and all(layer.is_stacked for layer in own) and not left
@@ -179,7 +184,7 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
         weights = _weights(without_experts(needs.sources), layers, is_last)
         compute = _compute(needs, n_rows, is_whole=False)
         plan = replace(plan, is_whole=False, weights=weights, compute=compute, left_to_host=left)
-    least = dict.fromkeys(classes, N_PASSING + 1)
+    least = {kind: passing[kind] + 1 for kind in classes}
     required = plan.required + sum(n * device_slot_bytes(kind) for kind, n in least.items())
     if required > budget:
         raise DoesNotFitError(
@@ -190,7 +195,7 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
             device=device.name,
             hint="Or use --device none.",
         )
-    wanted = {kind: n + N_PASSING for kind, n in classes.items()}
+    wanted = {kind: n + passing[kind] for kind, n in classes.items()}
     slots = divide_slots(wanted, least, budget - plan.required, device_slot_bytes)
     return replace(plan, banks=tuple(_banks(needs, layers, slots, most)))
 
@@ -200,14 +205,23 @@ def _banks(
 ) -> Iterator[Bank]:
     """Divides the slots of each class among as few banks as have no more slots than `most`, by consecutive layers."""
     counts = {layer: slot_classes([needs.experts[layer]]) for layer in layers}
+    passing = _passing(needs, layers)
     for kind, n_slots in slots.items():
         users = [layer for layer in layers if counts[layer][kind]]
         n_banks = min(len(users), -(-n_slots // most[kind]))
-        n_own, n_all = n_slots - n_banks * N_PASSING, sum(counts[layer][kind] for layer in users)
+        n_own, n_all = n_slots - n_banks * passing[kind], sum(counts[layer][kind] for layer in users)
         for number in range(n_banks):
             group = users[len(users) * number // n_banks : len(users) * (number + 1) // n_banks]
             share = max(1, n_own * sum(counts[layer][kind] for layer in group) // n_all)
-            yield Bank(kind, tuple(group), min(share + N_PASSING, most[kind]))
+            yield Bank(kind, tuple(group), min(share + passing[kind], most[kind]), passing[kind])
+
+
+def _passing(needs: DeviceNeeds, layers: tuple[int, ...]) -> dict[SlotClass, int]:
+    """Slots of each class for experts that are copied for one step."""
+    most: Counter[SlotClass] = Counter()
+    for layer in layers:
+        most |= slot_classes([needs.experts[layer]])
+    return {kind: n_passing(kind, n) for kind, n in most.items()}
 
 
 def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> int:

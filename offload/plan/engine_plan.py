@@ -86,6 +86,11 @@ class EnginePlan:
         return [None if index in whole else layer for index, layer in enumerate(self.layers)]
 
     @property
+    def pinned(self) -> int:
+        """Bytes of host memory that experts pass through on their way to devices, a part of the tiers' `compute`."""
+        return sum(device.pinned for device in self.devices)
+
+    @property
     def is_resident(self) -> bool:
         """Whether the whole model is in host memory and a step is one graph."""
         return self.tiers is None and not self.devices
@@ -356,7 +361,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     """Bytes of host memory that experts cannot have, by use."""
     n_cells = 1 if plan.devices else plan.n_cells
     compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
-    compute += 0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch)
+    compute += plan.pinned + (0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch))
     program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.driver_bytes
     if plan.devices:
         return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}

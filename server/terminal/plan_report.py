@@ -71,6 +71,7 @@ class PlanReport:
             "experts, read from disk": sizes.get("host_pool", 0),
             f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
+            "pinned, on the way to devices": sizes.get("pinned", 0),
             "program, at most": sizes["program"],
             "drivers of devices, at most": sizes["drivers"],
             "other processes, at most": sizes["processes"],
@@ -111,7 +112,8 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
     """Bytes of host memory by use."""
     weight_forms, tiers = plan.weight_forms, plan.tiers
     if tiers is not None:
-        sizes = {"copied": tiers.weights, "host_pool": tiers.host_pool, "kv": tiers.kv, "compute": tiers.compute}
+        sizes = {"copied": tiers.weights, "host_pool": tiers.host_pool, "kv": tiers.kv}
+        sizes |= {"compute": tiers.compute - plan.pinned, "pinned": plan.pinned}
         others = {"drivers": plan.driver_bytes, "processes": plan.reserve}
         return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - sum(others.values()), **others}
     return {

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import kl_divergence
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml.devices import available_devices
 from slimoe.offload.plan.engine_config import EngineConfig
 from tests.models.configs import engine_config
@@ -101,3 +104,17 @@ def llama_conversation(path: Path, device: int | None) -> Array:
         baseline.truncate(20)
         told.append(baseline.decode(TOKENS[45])[None].copy())
     return np.concatenate(told)
+
+
+def let_rpc_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets RPC devices be taken for cards: uploads in a queue of their own, through what passes for pinned memory."""
+    get_props = ggml_device.ggml_backend_dev_get_props
+
+    def get_changed(handle: int, address: int) -> None:
+        get_props(handle, address)
+        caps = ggml_device.DeviceProps.from_address(address).caps
+        caps.asynchronous = caps.events = caps.host_buffer = True
+
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_get_props", get_changed)
+    plain = ggml_backend.ggml_backend_cpu_buffer_type
+    monkeypatch.setattr(ggml_device, "ggml_backend_dev_host_buffer_type", lambda handle: plain())

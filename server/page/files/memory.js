@@ -11,6 +11,7 @@ const USES = {
   experts: "experts",
   kv: "KV cache",
   compute: "buffers for computing",
+  pinned: "pinned, on the way to devices",
   program: "program",
   drivers: "drivers of devices",
 };

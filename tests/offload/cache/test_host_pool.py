@@ -220,7 +220,7 @@ def test_what_is_needed_drives_out_what_is_only_likely(bench: Bench) -> None:
         bench.host_pool.demand(key, bench.copies[key])
     assert bench.held >= {(1, 0), (1, 1), (1, 2)}
     assert len(bench.held & likely) == 1
-    bench.host_pool.hold({(1, 0), (1, 1), (1, 2)})
+    bench.host_pool.hold({(1, 0), (1, 1), (1, 2)}, "test")
     bench.host_pool.pin({(0, 3)})
     bench.host_pool.demand((0, 3), bench.copies[0, 3])
     assert bench.held >= {(1, 0), (1, 1), (1, 2), (0, 3)}

@@ -23,7 +23,7 @@ from slimoe.offload.cache.router_trace import read_trace
 from slimoe.offload.cache.swap import SwapRule
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DeviceError, DoesNotFitError
-from slimoe.offload.experts.device_experts import DeviceExperts, ExpertTimes, LinkTimes
+from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.device_graph import SlotGraphs, SlotWork
 from slimoe.offload.experts.host_experts import HostExperts
 from slimoe.offload.experts.host_graph import ExpertGraphs
@@ -35,6 +35,7 @@ from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import choose_devices
 from slimoe.offload.ggml.rpc_endpoint import check_answers, parse_endpoint
+from slimoe.offload.machine.expert_times import ExpertTimes, LinkTimes
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
 from tests.models.configs import engine_config, reconfigured
@@ -243,7 +244,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
         assert n_constant == 0 or layer.constants is not None
         assert max(Counter(stop.device + stop.host).values()) == 1
 
-    def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int) -> None:
+    def begin_on_device(graphs: SlotGraphs, works: list[SlotWork], n_tokens: int, *rest: int) -> None:
         for work in works:
             pool = graphs.pools[work.bank]
             assert work.slots.min() >= 0
@@ -252,7 +253,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
             assert not work.is_token or n_tokens == 1
             stop.device += work.columns.tolist()
             stop.n_seen += len(work.slots)
-        begin(graphs, works, n_tokens)
+        begin(graphs, works, n_tokens, *rest)
 
     def multiply_on_host(graphs: ExpertGraphs, work: Any, *rest: Any) -> None:
         stop.host += work.columns.tolist()
@@ -268,6 +269,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
 def assert_slots_hold_their_experts(engine: Engine) -> None:
     """Compares each slot of a device with the file."""
     for device in engine.device_experts:
+        device.arrive()
         for key in device:
             copy, slot, bank = device.copies[key], device.slot(key), device.bank_of(key)
             assert bank is not None

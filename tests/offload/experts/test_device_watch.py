@@ -12,8 +12,9 @@ import pytest
 from bench.baselines.rpc_server import RpcServer, rpc_server
 from bench.baselines.shaped_link import parse_link, shaped_link
 from slimoe.offload.engine import Engine
-from slimoe.offload.experts.device_experts import DeviceExperts, ExpertTimes, LinkTimes
+from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.device_watch import DeviceWatch
+from slimoe.offload.machine.expert_times import ExpertTimes, LinkTimes
 from slimoe.offload.machine.upload_costs import UploadCosts
 from slimoe.offload.machine.watchdog import Part, Watchdog
 from slimoe.offload.plan.engine_config import EngineConfig

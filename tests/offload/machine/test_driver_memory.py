@@ -183,7 +183,7 @@ def test_where_the_driver_leaves_no_memory_the_cpu_computes(one_device: Devices,
     """Unless the device was asked for: then what is lacking is told."""
     config = reconfigured(one_device.config(model), device="auto")
     (device,) = this_machine(one_device.config(model)).devices
-    device = replace(device, driver=TAKEN, free_bytes=20 * MIB, total_bytes=20 * MIB, shares_host_memory=False)
+    device = replace(device, driver=TAKEN, free_bytes=24 * MIB, total_bytes=24 * MIB, shares_host_memory=False)
     assert planned(config, device, ram=1 << 30).devices
     plan = planned(config, device, ram=300 * MIB)
     assert plan.shortfall is None
