@@ -170,7 +170,8 @@ def test_swaps_are_copied_while_the_next_token_is_computed(
     with closing(device_engine(lent(endpoints[0]).config(path, policy="lru"), 0.3)) as engine:
         (device,) = engine.device_experts
         assert device.swaps is not None
-        device.swaps.rule, device.uploads = SwapRule(1.0, 0.0, margin=1.0), None
+        device.swaps.rule = SwapRule(1.0, 0.0, margin=1.0)
+        device.uploads = device.watch = None
         for token, row in zip(TOKENS, expected, strict=True):
             np.testing.assert_array_equal(engine.decode(token), row)
         device.arrive()
@@ -195,7 +196,8 @@ def test_a_swap_that_fails_leaves_the_expert_to_the_host(
     with closing(device_engine(card.config(path, policy="lru"), 0.3)) as engine:
         (device,) = engine.device_experts
         assert device.swaps is not None
-        device.swaps.rule, device.uploads = SwapRule(1.0, 0.0, margin=1.0), None
+        device.swaps.rule = SwapRule(1.0, 0.0, margin=1.0)
+        device.uploads = device.watch = None
         n_slots = len(set(device))
         with monkeypatch.context() as patch:
             patch.setattr(SlotPool, "write_behind", fail)
