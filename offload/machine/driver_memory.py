@@ -25,7 +25,9 @@ from slimoe.offload.resources.system_files import SYSTEM, SystemFiles
 _DRIVERS = re.compile(r"/[^/]*(?:vulkan|nvidia|cuda|amdhip|hsa-runtime|libze_|libsycl|opencl)[^/]*\.so[^/]*$", re.I)
 """The files of graphics APIs and their drivers, as systems call them."""
 _SECONDS = 300.0
-"""A software device compiles kernels for minutes the first time; a card's driver is done in seconds."""
+"""A card is done in seconds. Of a software device, which compiles for long, counts what it took until then."""
+_UNCACHED = {"MESA_SHADER_CACHE_DISABLE": "true"}
+"""Kernels that were compiled before take less memory than those that a model may be the first to want."""
 
 
 def with_driver_memory(device: Device, cache: MeasurementCache | None = None) -> Device:
@@ -66,9 +68,19 @@ def _tried(device: Device) -> DriverMemory:
     what, hint = f"{device.name} ({device.description})", "Update its driver, or use --device none."
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            env=os.environ | _UNCACHED,
         )
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        until_then = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        told = _told(until_then.rpartition("\n")[0])
+        if told.is_device_resident:
+            return told
         raise DeviceError(f"{what} did not end a trial within {_SECONDS:.0f} seconds. {hint}") from None
     except OSError:
         return DriverMemory()
@@ -77,4 +89,12 @@ def _tried(device: Device) -> DriverMemory:
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2]
         raise DeviceError(f"The driver of {what} failed in a trial ({said or done.returncode}). {hint}")
-    return msgspec.json.decode(done.stdout.strip().rpartition("\n")[2], type=DriverMemory)
+    return _told(done.stdout)
+
+
+def _told(lines: str) -> DriverMemory:
+    """What the last line says."""
+    try:
+        return msgspec.json.decode(lines.strip().rpartition("\n")[2], type=DriverMemory)
+    except msgspec.DecodeError:
+        return DriverMemory()

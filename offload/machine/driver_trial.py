@@ -2,11 +2,13 @@
 
 Run as `python -m slimoe.offload.machine.driver_trial NAME` by `driver_memory`, in a process of its own: what its driver
 and the compiler for its kernels take of the host's memory can be told there from all else, and a driver that crashes
-ends nobody else. The last line of stdout has the bytes as a `DriverMemory` in JSON.
+ends nobody else. Each line of stdout has the bytes until then as a `DriverMemory` in JSON, the last one all of them.
 """
 
 import contextlib
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import product
@@ -24,32 +26,51 @@ from slimoe.offload.resources.memory import peak_resident_bytes, resident_bytes
 
 TYPES = (Type.F16, Type.Q8_0, Type.Q4_K, Type.Q6_K)
 """Types of the matrices: each has kernels of its own, and models have some of them."""
-_BATCHES = (1, 32)
+_BATCHES = (32, 1)
 _PIECE = 16 << 20
 """As large as the pieces in which weights go to a device."""
+_MOST_SECONDS = 60.0
+"""The processor's. A card needs few; a software device compiles single kernels for a minute, the largest come first."""
 _N_EMBD, _N_HEAD, _N_EXPERT, _N_CELLS = 256, 4, 8, 256
 Kernel = Callable[[int], int]
 """Adds one operation to a ggml context."""
 
 
-def measure(device: Device) -> DriverMemory:
-    """What the driver of a device that is not open yet takes in this process; raises DeviceError, DoesNotFitError."""
+def measure(device: Device, tell: Callable[[DriverMemory], None] = lambda taken: None) -> DriverMemory:
+    """What the driver of a device that is not open yet takes in this process; `tell` hears each second what is known.
+
+    Raises DeviceError and DoesNotFitError.
+    """
     before = resident_bytes()
     with contextlib.suppress(OSError):  # forgets what was held at most until now
         Path("/proc/self/clear_refs").write_text("5")
-    piece = np.ones(_PIECE, np.uint8)
+    piece, is_over = np.ones(_PIECE, np.uint8), threading.Event()
     with closing(DeviceBackend(device)) as backend, _tensor(backend, _PIECE) as tensor:
         empty = resident_bytes()
         backend.set(tensor, piece)
         backend.get(tensor, piece)
         # The driver's own copy on the way there may be as large as the piece: half as much again is one of both.
         is_resident = device.shares_host_memory and resident_bytes() - empty > _PIECE // 2
-        held = piece.nbytes + (_PIECE if is_resident else 0)
-        opened = max(0, resident_bytes() - before - held)
-        for kernel in _kernels():
-            _run(backend, kernel)
-        most = max(0, peak_resident_bytes() - before - held)
-    return DriverMemory(opened, max(0, most - opened), is_resident)
+        held = before + piece.nbytes + (_PIECE if is_resident else 0)
+        opened = max(0, resident_bytes() - held)
+
+        def taken() -> DriverMemory:
+            return DriverMemory(opened, max(0, peak_resident_bytes() - held - opened), is_resident)
+
+        def watch() -> None:
+            while not is_over.wait(1.0):
+                tell(taken())
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            for kernel in _kernels():
+                if time.process_time() < _MOST_SECONDS:
+                    _run(backend, kernel)
+        finally:
+            is_over.set()
+            watching.join()
+        return taken()
 
 
 @contextlib.contextmanager
@@ -85,12 +106,14 @@ def _run(backend: DeviceBackend, kernel: Kernel) -> None:
 
 
 def _kernels() -> Iterator[Kernel]:
-    """The operations of a layer of attention and experts, for a single token and for a batch."""
+    """The operations of a layer of attention and experts, for a batch and for a single token."""
+    for n in _BATCHES:
+        yield _attention(n)
     for n in _BATCHES:
         yield from (_rows(n, ggml.ggml_add), _rows(n, ggml.ggml_mul), _rows(n, ggml.ggml_swiglu_split))
         yield from (_of_rows(n, _normed), _of_rows(n, ggml.ggml_soft_max), _of_rows(n, ggml.ggml_cont))
         yield from (_of_rows(n, _scaled), _of_rows(n, _ranked), _of_rows(n, ggml.ggml_sum_rows))
-        yield from (_rotation(n), _lookup(n), _store(n), _attention(n))
+        yield from (_rotation(n), _lookup(n), _store(n))
     for kind, n in product((Type.F32, *TYPES), _BATCHES):
         yield from (_product(kind, n), _expert_product(kind, n))
 
@@ -169,6 +192,10 @@ def _input(ctx: int, kind: Type, *ne: int) -> int:
     return tensor
 
 
+def _tell(taken: DriverMemory) -> None:
+    print(msgspec.json.encode(taken).decode(), flush=True)
+
+
 if __name__ == "__main__":
     (found,) = choose_devices(sys.argv[1])
-    print(msgspec.json.encode(measure(found)).decode())
+    _tell(measure(found, _tell))

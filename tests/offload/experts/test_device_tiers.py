@@ -44,7 +44,7 @@ from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
-from tests.offload.devices import Devices, lent
+from tests.offload.devices import Devices, largest_divergence, lent
 from tests.offload.experts.full_device import none_allocated
 
 Array = np.ndarray[Any, Any]
@@ -137,6 +137,22 @@ def test_with_room_for_all_nothing_is_cut(one_device: Devices, model: Model, une
         assert engine.plan.devices[0].is_whole is (model is not uneven)
         assert (engine.plan.tiers is None) is (model is not uneven)
         one_device.check(conversation(engine), model.expected, model.stock)
+
+
+@pytest.mark.parametrize("on_device", [0.4, 1.0])
+def test_cut_or_whole_a_device_answers_alike(one_device: Devices, plain: Model, on_device: float) -> None:
+    """In slots a batch's experts are multiplied pair by pair, by other kernels of a GPU than in a whole graph."""
+    case = one_device.config(plain.path)
+    with closing(device_engine(case, WHOLE)) as engine:
+        assert engine.plan.devices[0].is_whole
+        whole = conversation(engine)
+    with closing(device_engine(case, on_device)) as engine:
+        assert not engine.plan.devices[0].is_whole
+        got = conversation(engine)
+    if one_device.is_exact:
+        np.testing.assert_array_equal(got, whole)
+    else:
+        assert largest_divergence(got, whole) < 1e-5
 
 
 @pytest.mark.parametrize("policy", ["lfu-decay", "lru"])

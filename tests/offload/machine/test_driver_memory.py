@@ -92,7 +92,10 @@ def test_a_device_that_is_lent_has_its_driver_elsewhere(
             r"CUDA0 \(a card\) ended a trial by SIGSEGV\. Update its driver, or use --device none",
         ),
         (ended(1, "", "Traceback\nno memory"), r"CUDA0 \(a card\) failed in a trial \(no memory\)"),
-        (subprocess.TimeoutExpired((), 300), r"CUDA0 \(a card\) did not end a trial within 300 seconds"),
+        (
+            subprocess.TimeoutExpired((), 300, b'{"opened":1}\n{"op'),
+            r"CUDA0 \(a card\) did not end a trial within 300 seconds",
+        ),
     ],
 )
 def test_a_driver_that_crashes_is_survived(
@@ -106,6 +109,16 @@ def test_a_driver_that_crashes_is_survived(
         with pytest.raises(DeviceError, match=why):
             with_driver_memory(CARD, cache)
     assert len(trials.commands) == 2
+
+
+def test_of_a_software_device_that_compiles_for_long_the_last_figure_counts(
+    cache: MeasurementCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = replace(TAKEN, is_device_resident=True)
+    out = b"Found 1 device\n" + msgspec.json.encode(slow) + b'\n{"opened":99'
+    Trials(monkeypatch, subprocess.TimeoutExpired((), 300, out))
+    for _ in range(2):
+        assert with_driver_memory(CARD, cache).driver == slow
 
 
 def test_without_other_processes_nothing_is_known(cache: MeasurementCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +144,7 @@ def test_a_driver_s_version_is_its_files_own(tmp_path: Path) -> None:
 
 
 def test_a_trial_runs_every_kind_of_kernel(one_device: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On RPC's devices all of them; elsewhere those that the driver has, which is most."""
+    """On RPC's devices all of them; elsewhere those that the driver has, and compiles in time."""
     (device,) = choose_devices(one_device.names[0], one_device.endpoints)
     computed, compute = list[int](), DeviceBackend.compute
 
@@ -142,7 +155,7 @@ def test_a_trial_runs_every_kind_of_kernel(one_device: Devices, monkeypatch: pyt
     monkeypatch.setattr(DeviceBackend, "compute", watched)
     taken = measure(device)
     n_kernels = 2 * (13 + 2 * 5)
-    assert len(computed) == n_kernels if one_device.is_exact else n_kernels // 2 < len(computed) <= n_kernels
+    assert len(computed) == n_kernels if one_device.is_exact else 0 < len(computed) <= n_kernels
     assert 0 <= taken.total < 1 << 31
     if one_device.is_exact:
         assert not taken.is_device_resident
