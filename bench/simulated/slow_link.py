@@ -89,10 +89,11 @@ class Engine:
         ms = step_ms(self._model, machine, counts, _EACH)
         if not self._is_watched:
             return ms
-        has_changed, part = self.watchdog.step(ms / 1e3, is_token=True), self.watchdog.due()
+        has_moved = counts.moved.sum() + counts.uploaded.sum()
+        has_changed, part = self.watchdog.step(ms / 1e3, is_token=True, has_moved=bool(has_moved)), self.watchdog.due()
         if part is not None:
             found = getattr(measured(machine, self._model.expert_bytes), part)
-            spent = 2 * found + 4 * machine.link_delay
+            spent = (1 if part == "copy" else 2) * found + 4 * machine.link_delay
             has_changed |= self.watchdog.measured(part, found, spent)
             ms += 1e3 * spent
         if has_changed:

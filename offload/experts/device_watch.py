@@ -40,10 +40,15 @@ def measure_times(run: Callable[[int], None], n_batch: int, wait: Callable[[], N
     return ExpertTimes(fastest(partial(run, 1), wait), fastest(partial(run, n_many), wait), n_many)
 
 
-def fastest(run: Callable[[], None], wait: Callable[[], None] | None = None, n_rounds: int = _ROUNDS) -> float:
-    """The least seconds of several runs, until all is done, without those of a `wait` for nothing."""
+def fastest(
+    run: Callable[[], None], wait: Callable[[], None] | None = None, n_rounds: int = _ROUNDS, n_warm: int = 1
+) -> float:
+    """The least seconds of several runs, until all is done, without those of a `wait` for nothing.
+
+    The first `n_warm`, which may build a graph, do not count.
+    """
     taken, idle = [], []
-    for _ in range(n_rounds + 1):  # the first builds the graph
+    for _ in range(n_warm + n_rounds):
         begin = time.perf_counter()
         run()
         if wait is not None:
@@ -53,7 +58,7 @@ def fastest(run: Callable[[], None], wait: Callable[[], None] | None = None, n_r
             begin = time.perf_counter()
             wait()
             idle.append(time.perf_counter() - begin)
-    return max(0.0, min(taken[1:]) - min(idle, default=0.0))
+    return max(0.0, min(taken[n_warm:]) - min(idle, default=0.0))
 
 
 def measure_beside(
@@ -124,11 +129,11 @@ class LinkProbes:
         with self._held(key):
             if part == "host":
                 return fastest(partial(self._host.run_one, key, 1), n_rounds=1)
-            if part == "copy":
-                run = partial(self._device.copy_passing, self._host.addresses(key), bank)
-            else:
-                run = partial(self._device.run_passing, bank, 1)
-            return fastest(run, self._wait, n_rounds=1)
+            self._wait()
+            if part == "device":
+                return fastest(partial(self._device.run_passing, bank, 1), self._wait, n_rounds=1)
+            run = partial(self._device.copy_passing, self._host.addresses(key), bank)
+            return fastest(run, self._wait, n_rounds=1, n_warm=0)
 
     @contextmanager
     def _held(self, key: Key) -> Iterator[None]:
@@ -151,12 +156,15 @@ class DeviceWatch:
     ) -> None:
         self.watchdog, self.probe = watchdog, probe
         self._name, self._device, self._policy, self._times = name, device, policy, times
+        self._n_moved = 0
         self._apply()
 
     def step(self, seconds: float, *, is_token: bool) -> None:
         """Takes note of a step, measures something again when it is due, and carries out what is chosen anew."""
-        watchdog = self.watchdog
-        n_changes, has_changed = watchdog.n_changes, watchdog.step(seconds, is_token=is_token)
+        watchdog, n_moved = self.watchdog, self._device.n_swaps + self._device.n_streamed
+        has_moved, self._n_moved = n_moved > self._n_moved, n_moved
+        n_changes = watchdog.n_changes
+        has_changed = watchdog.step(seconds, is_token=is_token, has_moved=has_moved)
         part = watchdog.due()
         if part is not None:
             begin = time.perf_counter()

@@ -26,8 +26,8 @@ _GRAIN = 2e-5
 _LATEST, _FEWEST = 5, 3
 """The median of the latest five measurements counts, of three at least: two outliers change nothing."""
 _STARTLING, _USUAL_TOKENS, _CALM_TOKENS = 1.5, 16, 64
-"""With uploads, two tokens so many times as long as the median of those before have a copy measured and tokens compared
-at once, but not again within 64 tokens."""
+"""Two tokens that moved experts, so many times as long as the median of those before, have a copy measured and tokens
+compared at once, but not again within 64 tokens."""
 BLOCK = 8
 """Tokens without uploads that are compared with as many before and after them."""
 _FIRST_BLOCK, _NEXT_BLOCK, _LONGEST_BLOCK = 32, 256, 2048
@@ -70,7 +70,8 @@ class Watchdog:
         self._usual = deque[float](maxlen=_USUAL_TOKENS)
         self._n_startling = self._calm_until = 0
         self._n_probes = 0
-        self._busy = self._owed = 0.0
+        # Everything was measured just now.
+        self._busy, self._owed = 0.0, min(_LONGEST_PAUSE, (opened.copy + opened.host + opened.device) / PROBE_SHARE)
         self._barred_until, self._bar = 0, _BAR
         self._is_overruled = False
         self._start_comparing()
@@ -121,8 +122,11 @@ class Watchdog:
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
-    def step(self, seconds: float, *, is_token: bool) -> bool:
-        """Notes a step, which read a single token or not; returns whether the choice or `is_still` has changed."""
+    def step(self, seconds: float, *, is_token: bool, has_moved: bool = True) -> bool:
+        """Notes a step, which read a single token or not, and whether any expert `has_moved` in it.
+
+        Returns whether the choice or `is_still` has changed.
+        """
         self._busy += seconds
         if not is_token:
             return False
@@ -130,14 +134,16 @@ class Watchdog:
         before = self.choice, self.is_still
         if self.n_tokens == self._barred_until:
             self._choose("it is tried again")
-        elif self.choice.mode == "upload":
-            self._look_at(seconds)
-            self._compare(seconds)
+        else:
+            self._look_at(seconds, has_moved=has_moved)
+            if self.choice.mode == "upload":
+                self._compare(seconds)
         return before != (self.choice, self.is_still)
 
-    def _look_at(self, seconds: float) -> None:
-        """Suspects the link where tokens have become slower all of a sudden."""
-        is_startling = len(self._usual) == _USUAL_TOKENS and seconds > _STARTLING * median(self._usual)
+    def _look_at(self, seconds: float, *, has_moved: bool) -> None:
+        """Suspects the link where tokens have become slower all of a sudden, and experts have moved over it."""
+        is_slow = len(self._usual) == _USUAL_TOKENS and seconds > _STARTLING * median(self._usual)
+        is_startling = is_slow and has_moved
         self._n_startling = self._n_startling + 1 if is_startling else 0
         self._usual.append(seconds)
         if self._n_startling == 2 and self.n_tokens >= self._calm_until and self._suspect is None:

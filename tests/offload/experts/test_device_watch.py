@@ -16,7 +16,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.experts.device_watch import DeviceWatch
 from slimoe.offload.machine.expert_times import ExpertTimes, LinkTimes
 from slimoe.offload.machine.upload_costs import UploadCosts
-from slimoe.offload.machine.watchdog import Part, Watchdog
+from slimoe.offload.machine.watchdog import PARTS, Part, Watchdog
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.prediction import known_as, predict_plan
 from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams
@@ -25,6 +25,7 @@ from tests.models.conversation import TOKENS, Array
 from tests.models.measured_machine import machine_for
 from tests.models.tier_models import plain_model
 from tests.models.tiered import device_engine, resident_engine
+from tests.offload.devices import Devices
 
 FAST = UploadCosts(host=1e-3, device=1e-4, copy=1e-3, host_beside=1e-3, copy_beside=1e-3)
 N_USED = 3
@@ -150,19 +151,20 @@ def test_tokens_that_are_compared_move_nothing(server: RpcServer, tmp_path: Path
         assert mode_of(device) == "upload"
 
 
-def test_everything_is_measured_again_between_steps(server: RpcServer, tmp_path: Path) -> None:
+def test_everything_is_measured_again_between_steps(one_device: Devices, tmp_path: Path) -> None:
     """What a probe has computed and copied changes no answer."""
     path = plain_model(tmp_path)
     with closing(resident_engine(config_of(path))) as engine:
         expected = decoded(engine, 10)
-    with closing(device_engine(config_of(path, server.endpoint), 0.3)) as engine:
+    got = []
+    with closing(device_engine(one_device.config(path), 0.3)) as engine:
         (device,) = engine.device_experts
         assert isinstance(device.watch, DeviceWatch)
-        engine.truncate(0)
         for number in range(10):
-            found = [device.watch.probe(part) for part in ("copy", "host", "device")]
+            found = [device.watch.probe(part) for part in PARTS]
             assert all(seconds is not None and seconds >= 0 for seconds in found)
-            np.testing.assert_array_equal(engine.decode(TOKENS[number]), expected[number])
+            got.append(engine.decode(TOKENS[number]).copy())
+    one_device.check(np.stack(got), expected, path)
 
 
 def test_policies_that_load_whatever_they_miss_are_not_watched(server: RpcServer, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from slimoe.offload.machine.upload_costs import UploadCosts
-from slimoe.offload.machine.watchdog import BLOCK, PROBE_SHARE, Part, Watchdog
+from slimoe.offload.machine.watchdog import BLOCK, PARTS, PROBE_SHARE, Part, Watchdog
 
 FAST = UploadCosts(host=4e-3, device=0.3e-3, copy=2e-3, host_beside=5e-3, copy_beside=3e-3)
 """Uploads pay."""
@@ -196,3 +196,14 @@ def test_tokens_that_suddenly_take_longer_have_the_link_measured_at_once() -> No
     played.token = lambda uploads: 4.0 if uploads else 0.4
     played.run(6)
     assert played.modes[-1] == "swap"
+
+
+def test_tokens_that_are_slow_by_themselves_do_not_have_the_link_measured() -> None:
+    """Between tokens experts move seldom: what was slow while none did was not the link."""
+    watchdog = Watchdog(replace(FAST, copy=0.2, copy_beside=0.2), N_USED)
+    assert watchdog.choice.mode == "swap"
+    for part in PARTS:
+        watchdog.measured(part, getattr(watchdog.costs, part), 0.4)
+    for number in range(40):
+        watchdog.step(0.5 if number > 30 else 0.1, is_token=True, has_moved=number in (33, 34))
+        assert watchdog.due() == ("copy" if number >= 34 else None)
