@@ -16,13 +16,13 @@ def foreseen(selected: Ids, uses: Floats, n_slots: int, machine: Machine, n_byte
     An expert that is used again before the one in whose place it comes saves that use too. This is not the least
     possible time, but no cache here knows as much.
     """
-    n_tokens, n_layer, _ = selected.shape
+    n_tokens, n_layer, n_used = selected.shape
     following, later = np.empty_like(selected), np.full(uses.shape, n_tokens, np.int64)
     layers = np.arange(n_layer)[:, None]
     for token in range(n_tokens - 1, -1, -1):
         following[token] = later[layers, selected[token]]
         later[layers, selected[token]] = token
-    slots, counts = _Slots(uses, n_slots, later, machine, n_bytes), Counts.empty(n_tokens, n_layer)
+    slots, counts = _Slots(uses, n_slots, later, n_used, machine, n_bytes), Counts.empty(n_tokens, n_layer)
     for token in range(n_tokens):
         for layer in range(n_layer):
             found = slots.step(layer, selected[token, layer], following[token, layer])
@@ -33,9 +33,14 @@ def foreseen(selected: Ids, uses: Floats, n_slots: int, machine: Machine, n_byte
 class _Slots:
     """The experts on the device; `later` [n_layer, n_expert] is the token that uses each expert next."""
 
-    def __init__(self, uses: Floats, n_slots: int, later: Ids, machine: Machine, n_bytes: float) -> None:
+    def __init__(self, uses: Floats, n_slots: int, later: Ids, n_used: int, machine: Machine, n_bytes: float) -> None:
         self._is_here, self._later = most_used(uses, n_slots), later
-        self._machine, self._n_bytes = machine, n_bytes
+        self._seconds = {
+            (n_here, n_uploaded, n_host): layer_seconds(machine, n_bytes, n_here, n_uploaded, n_host)
+            for n_here, n_uploaded, n_host in np.ndindex((n_used + 1,) * 3)
+            if n_here + n_uploaded + n_host == n_used
+        }
+        self._saved = machine.host_seconds(n_bytes) - machine.device_seconds(n_bytes)
         self._heap = [
             (-int(later[layer, expert]), layer, expert) for layer, expert in np.argwhere(self._is_here).tolist()
         ]
@@ -51,9 +56,10 @@ class _Slots:
         absent.sort(key=lambda expert: int(self._later[layer, expert]))
         pairs = [((layer, expert), self._last_used(layer)) for expert in absent]
         n_pays = sum(bool(self._later[key] < self._later[victim]) for key, victim in pairs)
-        n_uploaded = min(
-            range(len(absent) + 1), key=lambda n: self._seconds(n_here, n, len(absent) - n, min(n, n_pays))
-        )
+        # Seconds of the layer, without those of the uses that are saved later.
+        n_absent = len(absent)
+        seconds = [self._seconds[n_here, n, n_absent - n] - min(n, n_pays) * self._saved for n in range(n_absent + 1)]
+        n_uploaded = seconds.index(min(seconds))
         for number, (key, victim) in enumerate(pairs):
             if number < min(n_uploaded, n_pays):
                 self._is_here[victim], self._is_here[key] = False, True
@@ -61,12 +67,6 @@ class _Slots:
             else:
                 self._enter(victim)
         return n_here, n_uploaded
-
-    def _seconds(self, n_here: int, n_uploaded: int, n_host: int, n_saved: int) -> float:
-        """Seconds of a layer, without those of the uses that are saved later."""
-        taken = layer_seconds(self._machine, self._n_bytes, n_here, n_uploaded, n_host)
-        saved = self._machine.host_seconds(self._n_bytes) - self._machine.device_seconds(self._n_bytes)
-        return taken - n_saved * saved
 
     def _enter(self, key: Key) -> None:
         heappush(self._heap, (-int(self._later[key]), *key))

@@ -56,7 +56,7 @@ TINY = Model("tiny", 4, 16, 2, 300e6, 1e6, 4e6, FINE)
 """Of 64 large experts, of which 24 find room in 8 GiB."""
 HOSTS = {"DDR4": (30 * GB, 38 * GB), "DDR5": (60 * GB, 72 * GB), "DDR5, few cores": (25 * GB, 72 * GB)}
 """Bytes per second of multiplying, and of the memory."""
-LINKS = {"3.0 x4": 3.5 * GB, "3.0 x16": 13 * GB, "4.0 x16": 26 * GB, "5.0 x16": 55 * GB}
+LINKS = {"3.0 x4": 3.5 * GB, "4.0 x4": 7 * GB, "3.0 x16": 13 * GB, "4.0 x16": 26 * GB, "5.0 x16": 55 * GB}
 DEVICES = {"8 GiB": (8 * 2**30, 200 * GB), "12 GiB": (12 * 2**30, 375 * GB), "24 GiB": (24 * 2**30, 700 * GB)}
 """Memory, and bytes per second of multiplying: some three quarters of a memory's 270, 500 and 930 GB/s."""
 
@@ -92,6 +92,11 @@ class Cell:
     def to_static(self, *, calibrated: bool) -> float:
         """The engine's time over that of experts that stay, with the same knowledge."""
         return self.ms[ENGINE] / self.ms[STATIC] if calibrated else self.ms[ENGINE_UNIFORM] / self.ms[UNIFORM]
+
+    @property
+    def to_oracle(self) -> float:
+        """The engine's time over the oracle's, which is the least of all ways."""
+        return self.ms[ENGINE] / self.ms[ORACLE]
 
     def of_best(self, *, calibrated: bool) -> float:
         """The best other way's time over the engine's: at least 1 where the engine is the best."""

@@ -25,8 +25,8 @@ def table(cells: Sequence[Cell]) -> str:
     """A Markdown table with a row for each model, device and kind of texts, over all hosts and links."""
     lines = [
         "| model, device | experts there | texts | static, ms | slimoe over static | best other over slimoe | "
-        "without calibration: over static | best other over slimoe | choices |",
-        "| --- | --: | --- | --: | --: | --: | --: | --: | --- |",
+        "over the oracle | without calibration: over static | best other over slimoe | choices |",
+        "| --- | --: | --- | --: | --: | --: | --: | --: | --: | --- |",
     ]
     for (model, device, texts, n_slots), rows in groupby(cells, lambda c: (c.model, c.device, c.habits, c.n_slots)):
         own = list(rows)
@@ -38,6 +38,7 @@ def table(cells: Sequence[Cell]) -> str:
             _range([cell.ms[STATIC] for cell in own], "g"),
             _range([cell.to_static(calibrated=True) for cell in own]),
             _range([cell.of_best(calibrated=True) for cell in own]),
+            _range([cell.to_oracle for cell in own]),
             _range([cell.to_static(calibrated=False) for cell in own]),
             _range([cell.of_best(calibrated=False) for cell in own]),
             ", ".join(f"{modes.count(mode)} {mode}" for mode in sorted(set(modes))),

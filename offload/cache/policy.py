@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.offload.cache.use_forecast import UseForecast
 from slimoe.offload.errors import UsageError
 
 Values = NDArray[np.float64]
@@ -23,13 +24,8 @@ HALF_LIFE_TOKENS = 64.0
 PROMPT_TOKENS = 64.0
 TURN_DISCOUNT = 0.8
 """Of an expert's worth that is gone when its layer has just been computed, and comes back until its turn is next."""
-LASTING_TOKENS = 128
-"""After so many tokens of answers it is looked at how much of the differences between experts has lasted."""
-FUTURE_TOKENS = 4 * LASTING_TOKENS
-"""Tokens of answers that an expected use is the mean of: what is usual lasts so long, all else `LASTING_TOKENS`."""
-_LASTING_AT_FIRST = 0.25
-_USUAL_PERIODS = 16
-"""Periods that what is usual is the mean of at most; the file's priors count as many."""
+FUTURE_TOKENS = 256
+"""Tokens of answers that what is done for later uses must pay within."""
 _LEAST_SCALE = 2.0**-256
 """A power of two, so that taking it out of the scale rounds nothing; values fade to it in some ten thousand tokens."""
 
@@ -94,15 +90,17 @@ class Policy(Protocol):
     def value(self, key: tuple[int, int]) -> float:
         """The value of one expert of a layer."""
 
+    def foresee(self) -> None:
+        """Learns from now on what recent uses say of those to come, for the expectations below; told once or often."""
+
     def expected(self, key: tuple[int, int]) -> float:
         """The value that one expert of a layer is expected to have in the next `FUTURE_TOKENS` tokens, on average."""
 
-    def soon(self, key: tuple[int, int]) -> float:
-        """The value that it is expected to have in the next `LASTING_TOKENS` tokens, on average."""
+    def uses_within(self, n_tokens: float) -> Values:
+        """Expected uses of every expert within `n_tokens` tokens after the last one, a new array."""
 
-    @property
-    def all_soon(self) -> Values:
-        """The same of every expert, [n_layer, n_expert], a new array."""
+    def uses_after_use(self, layer: int, experts: NDArray[np.integer[Any]], n_tokens: float) -> Values:
+        """Expected uses of some of a layer's experts, which the token at hand uses, within the tokens after it."""
 
     def decode(self, layer: int, experts: Experts) -> None:
         """A decode step used these experts in a layer; within one call, an expert counts once."""
@@ -152,18 +150,21 @@ class Ranked:
         """The value of one expert of a layer."""
         return float(self.ranks[key]) * self.scale
 
+    def foresee(self) -> None:
+        """Nothing is learnt: values stay as they are."""
+
     def expected(self, key: tuple[int, int]) -> float:
         """As now."""
         return self.value(key)
 
-    def soon(self, key: tuple[int, int]) -> float:
-        """As now."""
-        return self.value(key)
+    def uses_within(self, n_tokens: float) -> Values:
+        """As many in each token as now."""
+        return self.values * n_tokens
 
-    @property
-    def all_soon(self) -> Values:
-        """As now."""
-        return self.values
+    def uses_after_use(self, layer: int, experts: NDArray[np.integer[Any]], n_tokens: float) -> Values:
+        """As many in each token as now."""
+        uses: Values = self.ranks[layer, experts] * (self.scale * n_tokens)
+        return uses
 
 
 class DecayedLfu(Ranked):
@@ -174,9 +175,8 @@ class DecayedLfu(Ranked):
     A cache should rather give up an expert of a layer that has just been computed, which has its next chance a whole
     token later, than one of a layer to come: replayed traces hit 1 to 4 points more often for it.
 
-    Of what an expert was lately used more than usual only a share lasts, the rest is chance. That share is learnt, from
-    all experts together: it is the slope of their use after some time on their use before. Without it, caches exchange
-    experts for which the text has no lasting preference, and never earn the copies back.
+    What an expert was used of late is for the most part chance, and how much of it is not differs between models and
+    texts. So what is done for later uses, and costs, goes by a forecast that learns this; see `UseForecast`.
     """
 
     name = "lfu-decay"
@@ -187,9 +187,8 @@ class DecayedLfu(Ranked):
     ) -> None:
         super().__init__(context)
         self._decoded = self.ranks.copy()
-        self._usual, self._before = self.ranks.copy(), self.ranks.copy()
-        self._lasting, self._n_tokens = _LASTING_AT_FIRST, 0
-        self._n_periods, self._learns = 1 if context.priors is None else _USUAL_PERIODS, False
+        self._is_known = context.priors is not None
+        self._forecast: UseForecast | None = None
         self._counts = np.zeros_like(self.ranks)
         self._keep = 0.5 ** (1 / half_life)
         self._prompt_tokens = prompt_tokens
@@ -212,6 +211,8 @@ class DecayedLfu(Ranked):
         gain = (1 - self._keep) / self.scale
         self._decoded[layer, experts] += gain
         self.ranks[layer, experts] += gain
+        if self._forecast is not None:
+            self._forecast.decode(layer, np.asarray(experts))
 
     def prompt(self, layer: int, counts: NDArray[np.int64]) -> None:
         """Mixes in what the prompt so far selected; batches with no decoded token between them are one prompt."""
@@ -227,44 +228,38 @@ class DecayedLfu(Ranked):
             return
         weight = 1 - self._keep ** min(n_tokens, self._prompt_tokens)
         self.ranks[layer] = (1 - weight) * self._decoded[layer] + weight / (n_tokens * self.scale) * seen
+        n_tokens = float(counts.sum()) / self._n_used
+        if self._forecast is not None and n_tokens:
+            self._forecast.prompt(layer, counts / n_tokens, min(n_tokens, self._prompt_tokens))
 
-    def expected(self, key: tuple[int, int]) -> float:
-        """What is usual, and for the first `LASTING_TOKENS` the lasting share of what is more or less now."""
-        usual = float(self._usual[key])
-        return usual + self._lasting * LASTING_TOKENS / FUTURE_TOKENS * (self.value(key) - usual)
-
-    def soon(self, key: tuple[int, int]) -> float:
-        """What is usual, and the lasting share of what is more or less now."""
-        usual = float(self._usual[key])
-        return usual + self._lasting * (self.value(key) - usual)
+    def foresee(self) -> None:
+        """Begins to learn, from what is expected now."""
+        if self._forecast is None:
+            self._forecast = UseForecast(self.values, self._n_used, is_known=self._is_known)
 
     @property
-    def all_soon(self) -> Values:
-        """What is usual of every expert, and the lasting share of what is more or less now."""
-        soon: Values = self._usual + self._lasting * (self.values - self._usual)
-        return soon
+    def forecast(self) -> UseForecast:
+        """What has been learnt since `foresee`."""
+        assert self._forecast is not None, "nobody has asked to foresee"
+        return self._forecast
 
-    def _learn(self) -> None:
-        """Compares the use of a period that ends now with what was more or less than usual when it began."""
-        now, faded = self._decoded * self.scale, self._keep**LASTING_TOKENS
-        used = (now - faded * self._before) / (1 - faded)
-        unusual = self._before - self._usual
-        weight = float((unusual * unusual).sum())
-        if weight > 0:
-            slope = float((unusual * (used - self._usual)).sum()) / weight
-            slope = min(1.0, max(0.0, slope))
-            self._lasting = (self._lasting + slope) / 2 if self._learns else slope
-            self._learns = True
-        self._n_periods = min(_USUAL_PERIODS, self._n_periods + 1)
-        self._usual += (used - self._usual) / self._n_periods
-        self._before = now
+    def expected(self, key: tuple[int, int]) -> float:
+        """As it is foreseen."""
+        return self.forecast.mean_use(key, FUTURE_TOKENS)
+
+    def uses_within(self, n_tokens: float) -> Values:
+        """As they are foreseen."""
+        return self.forecast.uses_within(n_tokens)
+
+    def uses_after_use(self, layer: int, experts: NDArray[np.integer[Any]], n_tokens: float) -> Values:
+        """As they are foreseen."""
+        return self.forecast.uses_after_use(layer, experts, n_tokens)
 
     def end_token(self) -> None:
         """Lets everything fade by one token."""
         self.scale *= self._keep
-        self._n_tokens += 1
-        if self._n_tokens % LASTING_TOKENS == 0:
-            self._learn()
+        if self._forecast is not None:
+            self._forecast.end_token()
         if self.scale < _LEAST_SCALE:
             self.scale /= _LEAST_SCALE
             self.ranks *= _LEAST_SCALE

@@ -117,6 +117,7 @@ class SlotExchange:
 
     def __init__(self, policy: Policy, rule: SwapRule, kind_of: Callable[[Key], Hashable | None]) -> None:
         self.policy, self.rule, self._kind_of = policy, rule, kind_of
+        policy.foresee()
         self._kinds: dict[Hashable, _Kind] = {}
         self._n_falls: list[int] = []
 
@@ -191,11 +192,14 @@ class SlotExchange:
             key = kind.hottest(policy.rank, is_there)
             if key is None:
                 break
-            more_uses = policy.expected(key) - policy.expected(victim)
-            if not self.rule.pays(policy.value(key), policy.value(victim), more_uses):
+            values = policy.value(key), policy.value(victim)
+            if values[0] <= self.rule.margin * values[1]:
+                break
+            comes = can_come(key)
+            if comes and not self.rule.pays(*values, policy.expected(key) - policy.expected(victim)):
                 break
             heappop(kind.outside)
-            if can_come(key):
+            if comes:
                 return key
             waiting.append(key)
         return None

@@ -70,8 +70,14 @@ class UploadCosts:
         return best
 
     def worth(self, more_uses: float) -> float:
-        """Seconds that an expert saves in another's place, if it is used `more_uses` times per token more often."""
-        return max(0.0, self.gain * more_uses * FUTURE_TOKENS / MARGIN)
+        """Seconds that an expert saves in another's place, if it is used `more_uses` times more often, by a margin.
+
+        What is missing is done by the host and over the link side by side, so that one less saves neither's seconds in
+        full.
+        """
+        host, copy = self.host_beside, self.copy_beside
+        missed = host * copy / (host + copy) if copy else 0.0
+        return max(0.0, (missed - self.device) * more_uses / MARGIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ def choose_exchange(costs: UploadCosts, n_used: int) -> ExchangeChoice:
         on_host, there = shown_ms(costs.host), shown_ms(costs.device)
         return ExchangeChoice("static", f"experts on the card stay: one takes {there} there, {on_host} on the CPU")
     saved = f"saves {shown_ms(costs.gain)} per use"
-    if not costs.worth(1.0) > costs.copy:
+    if not costs.gain * FUTURE_TOKENS > MARGIN * costs.copy:
         return ExchangeChoice("static", f"experts on the card stay: {upload}, {saved}")
     if costs.copy < _HIDDEN_BY * n_used * costs.host:
         return ExchangeChoice("upload", f"experts go to the card when that is sooner or pays: {upload}, {saved}")

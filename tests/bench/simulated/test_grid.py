@@ -81,7 +81,7 @@ def test_the_engine_keeps_its_slots_and_is_between_static_and_foresight(link: fl
 def test_the_grid_in_small(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--smoke", "--out", str(tmp_path)], catch_exceptions=False)
     document = json.loads(result.stdout.splitlines()[-1])
-    assert len(document["cells"]) == 24
+    assert len(document["cells"]) == 30
     for cell in document["cells"]:
         ms = cell["ms_per_token"]
         assert ms[ORACLE] == min(ms.values()) > 0
