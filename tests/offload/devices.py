@@ -18,6 +18,7 @@ from bench.baselines.stepping import kl_divergence
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml.devices import available_devices
+from slimoe.offload.machine.driver_memory import with_driver_memory
 from slimoe.offload.plan.engine_config import EngineConfig
 from tests.models.configs import engine_config
 from tests.models.conversation import TOKENS, Array
@@ -25,6 +26,8 @@ from tests.models.gguf_content import read_content, write_content
 
 LOCAL = tuple(device.name for device in available_devices())
 KINDS = ("rpc", *LOCAL)
+COMPILING = 900.0
+"""Seconds in which a process is done that may have to compile kernels for a software device first."""
 MARGIN = 4.0
 """Divergences from the CPU may be so many times llama.cpp's own: theirs and ours round at different places."""
 
@@ -69,7 +72,15 @@ def lent(*endpoints: str) -> Devices:
 
 def one_of(kind: str, endpoint: str) -> Devices:
     """A device of a kind: that of the RPC server, or a local one."""
-    return lent(endpoint) if kind == "rpc" else Devices((kind,), (), False)
+    return lent(endpoint) if kind == "rpc" else local(kind)
+
+
+@functools.cache
+def local(name: str) -> Devices:
+    """A GPU of this machine. What its driver takes is measured now, so that no test waits for it: it is remembered."""
+    (device,) = (device for device in available_devices() if device.name == name)
+    with_driver_memory(device)
+    return Devices((name,), (), False)
 
 
 def two_of(kind: str, endpoints: tuple[str, str]) -> Devices:
@@ -77,7 +88,7 @@ def two_of(kind: str, endpoints: tuple[str, str]) -> Devices:
     if kind == "rpc":
         return lent(*endpoints)
     other = lent(endpoints[0])
-    return Devices((kind, *other.names), other.endpoints, False)
+    return Devices((*local(kind).names, *other.names), other.endpoints, False)
 
 
 def largest_divergence(got: Array, expected: Array) -> float:

@@ -33,7 +33,7 @@ from slimoe.server.process.request_handle import EngineFailure
 from tests.models.configs import engine_config
 from tests.models.live_server import DEADLINE, LiveOptions, LiveServer, live_server, serving, slimoe, until
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
-from tests.offload.devices import Devices
+from tests.offload.devices import COMPILING, Devices
 from tests.offload.experts.full_device import none_allocated
 
 LOST = "/src/ggml-rpc/ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
@@ -123,7 +123,7 @@ def run_throwing(library: Path, function: str, *words: str) -> subprocess.Comple
         "from slimoe.server.cli import main\nmain()\n"
     )
     command = [sys.executable, "-c", code, str(library), function, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=COMPILING)
 
 
 def test_a_device_that_is_lost_in_the_middle_of_an_answer(model: Path, one_device: Devices, throwing: Path) -> None:

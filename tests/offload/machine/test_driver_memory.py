@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from bench.baselines.rpc_server import ROOT
-from bench.limits.cgroup import NoControlGroupError, memory_group
+from bench.limits.cgroup import MemoryGroup, NoControlGroupError, memory_group
 from slimoe.offload.errors import DeviceError
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device, DriverMemory, available_devices, choose_devices
@@ -31,7 +31,7 @@ from slimoe.offload.resources.system_files import SystemFiles
 from slimoe.server.terminal.plan_report import PlanReport
 from tests.models.configs import reconfigured
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
-from tests.offload.devices import Devices
+from tests.offload.devices import COMPILING, Devices
 
 MIB = 1 << 20
 CARD = Device("CUDA0", "a card", 1 << 34, 1 << 34, handle=0)
@@ -233,24 +233,29 @@ def test_a_budget_holds_with_a_device_open(one_device: Devices, model: Path, tmp
 
     What a software device holds is in this process's memory, and comes on top.
     """
-    config = one_device.config(model, vram=("24MiB",), n_batch=64)
-    least = plan_engine(reconfigured(config, ram="1MiB")).shortfall
-    assert least is not None
-    ram = least.required_bytes + 12 * MIB
-    plan = plan_engine(reconfigured(config, ram=str(ram)))
-    (device,) = plan.devices
-    assert plan.tiers is not None
-    assert plan.tiers.n_resident < plan.tiers.n_experts
-    on_host = device.required if device.device.driver.is_device_resident else 0
     where = ["--device", one_device.names[0]] if not one_device.endpoints else ["--rpc", one_device.endpoints[0]]
-    words = ["run", model, "--prompt-ids", ",".join(["5"] * 90), "-n", "12", "--ctx", "256", "--batch", "64"]
-    words += ["--threads", "1", "--ram", ram, "--vram", "24MiB", *where, "--ignore-eos", "--json"]
-    command = [sys.executable, "-c", "from slimoe.server.cli import main; main()", *map(str, words)]
+    words = [model, "--ctx", "256", "--batch", "64", "--threads", "1", "--vram", "24MiB", *where, "--json"]
+    least = json.loads(commanded("plan", *words, "--no-measure", "--ram", "1MiB").stdout)["required_bytes"]
+    ram = least + 12 * MIB
+    plan = json.loads(commanded("plan", *words, "--no-measure", "--ram", ram).stdout)
+    (device,) = plan["tiers"]["devices"]
+    assert plan["tiers"]["host"]["n_slots"] < plan["tiers"]["n_experts"] == 64
+    (found,) = this_machine(one_device.config(model)).devices
+    on_host = device["required_bytes"] if found.driver.is_device_resident else 0
+    words += ["--prompt-ids", ",".join(["5"] * 90), "-n", "12", "--ram", ram, "--ignore-eos"]
     with ExitStack() as stack:
+        group = None
         with contextlib.suppress(NoControlGroupError):
-            command = stack.enter_context(memory_group(ram + on_host)).entering(command)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+            group = stack.enter_context(memory_group(ram + on_host))
+        done = commanded("run", *words, group=group)
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
     assert len(told["tokens"]) == 12
     assert told["memory"]["process_peak"] <= ram + on_host, done.stderr
+
+
+def commanded(*words: object, group: MemoryGroup | None = None) -> subprocess.CompletedProcess[str]:
+    """A command that has ended, which ran in a control group if one is given."""
+    command = [sys.executable, "-P", "-m", "slimoe.server.cli", *map(str, words)]
+    command = command if group is None else group.entering(command)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=COMPILING)

@@ -36,6 +36,7 @@ def nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this machine, at the start of each test; what the tests' own process holds grows meanwhile, and stays out."""
     monkeypatch.setenv("SLIMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "with_driver_memory", lambda device: device)
 
 
 def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str]) -> None:
