@@ -1,5 +1,6 @@
 """A model opened as planned: its weights, KV cache and experts in memory, and the runner of its steps."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Protocol
@@ -13,11 +14,13 @@ from slimoe.offload.graph.kv_cache import kv_type
 from slimoe.offload.graph.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.graph.runner import Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
-from slimoe.offload.graph.weights import WeightStore, load_weights
+from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
 from slimoe.offload.model.regrouped import join_layers
+from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.open_tiers import Tiers, open_tiers
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
+from slimoe.offload.plan.weight_forms import WeightForms
 from slimoe.offload.resources.memory import peak_resident_bytes
 
 Progress = Callable[[int, int], None]
@@ -66,14 +69,12 @@ class LoadedModel:
             if plan.is_resident:
                 carried.kv.arrange({HOST: KVPlace(self.backend, tuple(range(plan.spec.n_layer)))})
                 cache = carried.kv.caches[HOST]
-                # Weights for batches and for single tokens lie in two forms, or in the same one.
                 self.store = opened.enter_context(closing(WeightStore(plan.gguf, plan.sources, counter, self.backend)))
                 forms, table = plan.weight_forms, None if rows is None else rows.tensor
                 sources = plan.sources if forms.mode == "mapped" else join_layers(plan.sources)
-                batched = load_weights(self.store, sources, forms.batch_form, table)
-                single = load_weights(self.store, sources, forms.single_form, table)
+                weights = FormedWeights(self.store, sources, forms, table)
                 self.store.release_staging()
-                self.runner = Runner(plan.spec, self.backend, cache, batched, single, rows, plan.n_batch, carried.uses)
+                self.runner = Runner(plan.spec, self.backend, cache, weights.of, rows, plan.n_batch, carried.uses)
                 opened.callback(self.runner.close)
             else:
                 self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, carried)
@@ -94,12 +95,7 @@ class LoadedModel:
         """Carries out another plan for the same model where that takes no opening anew, and returns whether it did."""
         if plan.is_resident and self._plan.is_resident:
             # More memory than a whole model needs changes nothing.
-            ours, forms = self._plan.weight_forms, plan.weight_forms
-            is_same = (ours.mode, ours.repacked_types, self._plan.n_batch) == (
-                forms.mode,
-                forms.repacked_types,
-                plan.n_batch,
-            )
+            is_same = self._plan.weight_forms.arrangement == plan.weight_forms.arrangement
         else:
             is_same = self.tiers is not None and self.tiers.resize(plan, str(config.model))
         if is_same:
@@ -132,6 +128,23 @@ class LoadedModel:
     def close(self) -> None:
         """Frees everything."""
         self._opened.close()
+
+
+class FormedWeights:
+    """A resident model's weights, each in the forms that steps of some size want; they are loaded at once."""
+
+    def __init__(self, store: WeightStore, sources: ModelSources, forms: WeightForms, table: int | None) -> None:
+        """`table` is what stands for the token table, if anything does."""
+        # Steps of so many tokens, and of all numbers up to the next of these, take the same weights.
+        self._firsts = sorted({1, *(n + 1 for n in forms.repacked_tokens.values() if n < forms.n_batch)})
+        self._weights = [
+            load_weights(store, sources, lambda source, first=first: forms.form(source, first), table)  # type: ignore[misc]
+            for first in self._firsts
+        ]
+
+    def of(self, n_tokens: int) -> ModelWeights:
+        """The weights for steps of so many tokens."""
+        return self._weights[bisect_right(self._firsts, n_tokens) - 1]
 
 
 def carried_anew(config: EngineConfig, plan: EnginePlan) -> Carried:

@@ -73,6 +73,7 @@ class Tiers:
         if old is None or new is None or pool is None or self.devices or plan.devices or self.lossy or plan.lossy:
             return False
         is_same = (old.prefetch_depth, self.plan.n_batch) == (new.prefetch_depth, plan.n_batch)
+        is_same &= self.plan.weight_forms.repacked_tokens == plan.weight_forms.repacked_tokens
         if not is_same or self.plan.repacked_beside != plan.repacked_beside:
             return False
         n_slots = dict(new.n_slots)
@@ -262,7 +263,8 @@ class _Opening:
         sources = join_layers(without_experts(plan.sources))
         store = self._store(self._cpu)
         table = None if self._rows is None else self._rows.tensor
-        weights = load_weights(store, sources, lambda _: "copied", table)
+        weights = load_weights(store, sources, plan.weight_forms.single_form, table)
+        store.release_staging()
         if plan.repacked_beside is not None:
             form = plan.repacked_beside.single_form
             self._single = load_single_weights(store, plan.sources, sources, form, table)

@@ -101,7 +101,7 @@ class SingleTokenSteps:
         self._told = _Told(self._layers, *told)
         self._is_ready = self._write_tables()
         self._runner = Runner(
-            spec, part.backend, part.cache, weights.model, weights.model, rows, 1, self._told, self._lookup, _MAX_GRAPHS
+            spec, part.backend, part.cache, lambda _: weights.model, rows, 1, self._told, self._lookup, _MAX_GRAPHS
         )
 
     @property

@@ -50,8 +50,8 @@ class UseCounter(Protocol):
 class Runner:
     """Computes steps over one KV cache.
 
-    `batched` weights serve steps of several tokens, `single` ones those of one: the same numbers, arranged for the
-    kernels that are faster there. With `rows`, their token table is that tensor, filled for each step. With a `lookup`
+    `weights` are those for steps of a number of tokens: the same numbers, arranged for the kernels that are fastest
+    there. With `rows`, their token table is that tensor, filled for each step. With a `lookup`
     for the experts all steps are of one token. At most `n_graphs` graphs are kept.
     """
 
@@ -60,8 +60,7 @@ class Runner:
         spec: ModelSpec,
         backend: CpuBackend,
         cache: KVCache,
-        batched: ModelWeights,
-        single: ModelWeights,
+        weights: Callable[[int], ModelWeights],
         rows: TokenRows | None,
         n_batch: int,
         uses: UseCounter,
@@ -69,7 +68,7 @@ class Runner:
         n_graphs: int = _MAX_GRAPHS,
     ) -> None:
         self.spec, self.backend, self.cache, self._lookup = spec, backend, cache, lookup
-        self._batched, self._single, self._rows, self._uses = batched, single, rows, uses
+        self._weights, self._rows, self._uses = weights, rows, uses
         self._graphs = GraphPool(backend.buft, self._build, n_graphs)
         self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
         self._graphs.reserve(StepShape(1, cache.n_cells, 1))
@@ -108,8 +107,7 @@ class Runner:
         return prepared.logits
 
     def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:
-        weights = self._single if shape.n_tokens == 1 else self._batched
-        step = build_step(self.spec, weights, self.cache, shape, self._lookup)
+        step = build_step(self.spec, self._weights(shape.n_tokens), self.cache, shape, self._lookup)
 
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)

@@ -47,6 +47,8 @@ TIERED_BATCH = 256
 """Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
 _PROBE_ABOVE_BYTES = 256 << 20
 """Smaller models answer before a measurement would be over."""
+_PROBED_PART = 3
+"""One in so many bytes of the memory that may be held is used to measure kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +166,14 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
     program = program_bytes(machine.held, spec.n_layer, n_texts, n_copies)
     n_threads = machine.n_threads if config.n_threads is None else config.n_threads
-    speeds = {} if config.is_budgeted else machine.kernels
+    speeds = machine.kernels
     if speeds is None:
         speeds = {}
         if config.memory.weights == "auto" and gguf.n_bytes >= _PROBE_ABOVE_BYTES:
+            least = min(decide_budget(one.memory.ram, (), (), machine.memory).ram for one in configs)
             with closing(CpuBackend(n_threads)) as backend:
-                speeds = measured_speeds(repackable_types(sources), backend)
+                speeds = measured_speeds(repackable_types(sources), backend, least // _PROBED_PART)
+        machine = replace(machine, kernels=speeds)
     model = _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
     names, plans = [device.name for device in machine.devices], []
     for config in configs:
@@ -194,11 +198,14 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
     kv = kv_bytes(spec, n_cells, kv_type(context.kv_type))
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
-    speeds = {} if config.is_budgeted else model.speeds
+    # Kernels that every budget can have let all budgets give the same tokens.
+    has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in _batch_sizes(n_batch, context.n_parallel):
         program = model.program + memory.reserve_bytes + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
-        weight_forms = choose_weight_forms(sources, spec, memory.weights, speeds, needs, budget.ram)
+        weight_forms = choose_weight_forms(
+            sources, spec, memory.weights, model.speeds, needs, budget.ram, has_second=has_second
+        )
         if weight_forms.required <= budget.ram:
             n_batch = fewer
             break
@@ -285,7 +292,8 @@ def _within_budget(config: EngineConfig, plan: EnginePlan, devices: Budgeted, pr
 
 def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
     """The plan with experts in several places, or with all of the model on devices. Raises DoesNotFitError."""
-    plan = replace(plan, weight_forms=replace(plan.weight_forms, mode="copied"))
+    forms = plan.weight_forms.plain() if plan.devices else plan.weight_forms.in_tiers()
+    plan = replace(plan, weight_forms=forms)
     if plan.devices:
         return _in_places(config, plan, devices, program)
     sizes = _batch_sizes(min(plan.n_batch, max(plan.n_parallel, TIERED_BATCH)), plan.n_parallel)
@@ -299,6 +307,9 @@ def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, progra
     """The same with the plan's batch size. Raises DoesNotFitError and UsageError."""
     plan = _mixed(config, plan, devices, program)
     layers, fixed = plan.cut_layers, _fixed(plan, program)
+    # Slots are not filled yet when other matrices are repacked.
+    if sum(fixed.values()) + plan.weight_forms.dense_staging(plan.sources) > plan.available:
+        plan = replace(plan, weight_forms=plan.weight_forms.plain())
     if not any(layers):
         # Host memory holds nothing of the model.
         _require(config, plan, sum(fixed.values()))

@@ -19,6 +19,7 @@ class Machine:
 
     This process holds `held` bytes before it opens a model. `kernels` are the speeds of plain and repacked weights, by
     type; with None the plan measures those that it must know. `notes` are about devices that cannot be used.
+    `is_rebudgeted` says that an open model gets another budget, whatever the configuration says.
     """
 
     memory: HostMemory
@@ -27,6 +28,7 @@ class Machine:
     held: int
     kernels: Mapping[str, KernelSpeed] | None = None
     notes: tuple[str, ...] = ()
+    is_rebudgeted: bool = False
 
 
 def this_machine(config: EngineConfig, model_bytes: int = 0) -> Machine:

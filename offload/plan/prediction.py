@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device
@@ -11,7 +13,7 @@ from slimoe.offload.graph.kv_cache import kv_type
 from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predict
 from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
-from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
 from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
 from slimoe.offload.machine.workload import Workload, workload
@@ -61,7 +63,7 @@ def measure_machine(
             for device in plan.devices
         }
         speed = calibration.machine(plan.gguf if expert_placement(plan).on_disk else None, cpu, devices)
-        kinds = plan.weight_forms.repacked_types if plan.is_resident else frozenset()
+        kinds = {kind.type for kind in plan.weight_forms.repacked_tokens}
         if not kinds:
             return speed
         on_measure("repacked weights")
@@ -69,21 +71,25 @@ def measure_machine(
 
 
 def repacked_speed(speed: MachineSpeed, plan: EnginePlan, kernels: Mapping[str, KernelSpeed]) -> MachineSpeed:
-    """The speed of a machine with weights of the types in `kernels` repacked, where `speed` is that of plain weights.
+    """The speed of a machine with the plan's forms of weights, where `speed` is that of plain ones; `kernels` by type.
 
-    Batches are computed from plain weights where the plan keeps these as well.
+    Rows of experts count as tokens of a step: few meet each.
     """
-    has_plain = plan.weight_forms.mode != "repacked"
     curves = dict(speed.cpu.kernels)
-    for name, plain in curves.items():
-        kernel = kernels.get(name.split()[0])
-        if kernel is not None:
-            single = kernel.single_repacked / kernel.single_plain
-            batch = 1.0 if has_plain else kernel.batch_repacked / kernel.batch_plain
-            ratios = [single if n_rows == 1 else batch for n_rows in plain.n_rows]
-            seconds = tuple(r * s for r, s in zip(ratios, plain.seconds_per_byte, strict=True))
-            curves[name] = SpeedCurve(plain.n_rows, seconds)
+    for kind, n_most in plan.weight_forms.repacked_tokens.items():
+        known = kernels.get(kind.type.name)
+        prefix, suffix = f"{kind.type.name} ", " expert" if kind.is_expert else " dense"
+        for name in [name for name in curves if name.startswith(prefix) and name.endswith(suffix)]:
+            if known is not None:
+                curves[name] = _repacked(curves[name], known.expert if kind.is_expert else known.dense, n_most)
     return replace(speed, cpu=replace(speed.cpu, kernels=curves))
+
+
+def _repacked(curve: SpeedCurve, speed: FormSpeed, n_most: int) -> SpeedCurve:
+    """The curve of a kernel that takes repacked weights for at most so many rows."""
+    plain, repacked = speed.seconds(np.array(curve.n_rows, np.float64))
+    ratios = np.where(np.array(curve.n_rows) <= n_most, repacked / plain, 1.0)
+    return SpeedCurve(curve.n_rows, tuple(float(one) for one in ratios * np.array(curve.seconds_per_byte)))
 
 
 def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:

@@ -24,7 +24,8 @@ def replan(config: EngineConfig, plan: EnginePlan) -> EnginePlan:
         replace(device, free_bytes=min(device.total_bytes, free_now(device) + ours.get(device.handle, 0)))
         for device in plan.machine.devices
     )
-    machine = Machine(HostMemory.now(), devices, plan.n_threads, plan.machine.held, kernels={})
+    known, held = plan.machine.kernels or {}, plan.machine.held
+    machine = Machine(HostMemory.now(), devices, plan.n_threads, held, known, is_rebudgeted=True)
     new = plan_engine(config, machine)
     if new.shortfall is not None:
         raise new.shortfall

@@ -1,16 +1,18 @@
 """Decides in which form each weight lies in host memory, and how many bytes that takes. Loads nothing."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.graph.weights import STAGED_BYTES, Form
-from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
 from slimoe.offload.model.regrouped import as_matrix, join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, WeightSource
@@ -22,20 +24,36 @@ _JOINED = 2
 """The largest weight that is repacked is gate and up, joined."""
 _WORTHWHILE = 0.97
 """A second copy must save at least 3 % of a step's time, or it is only memory."""
-_TYPICAL_PROMPT, _TYPICAL_ANSWER = 512, 128
+_TYPICAL_PROMPT, _TYPICAL_ANSWER, _TYPICAL_BATCH = 512, 128, 256
+EVER = 1 << 20
+"""More tokens than any step has."""
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Tokens of steps for which forms are compared."""
+
+
+class MatrixKind(NamedTuple):
+    """What decides which form of a matrix multiplies faster: its type, and whether it is a stack of experts."""
+
+    type: GGMLQuantizationType
+    is_expert: bool
+
+    @classmethod
+    def of(cls, source: WeightSource) -> "MatrixKind":
+        """The kind of a weight."""
+        return cls(source.type, len(source.ne) > 2)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightForms:
     """What will be in memory, in bytes, and how the matrices lie there.
 
-    `mode` mapped: as pages of the file, shared with other processes. copied: in our own memory. repacked: those of
-    the `repacked_types` rearranged, the others copied. both: all copied, and those of the `repacked_types` repacked
-    as well, which serves batches from the one and single tokens from the other.
+    `mode` mapped: as pages of the file, shared with other processes. copied: in our own memory. repacked: some kinds
+    rearranged, the others copied. both: all copied, and some kinds repacked as well. `repacked_tokens` says up to how
+    many tokens a step multiplies with repacked matrices of each kind; larger steps take plain ones. `alone` are the
+    kinds of matrices, not of experts, that are best repacked where each lies in memory once.
     """
 
     mode: Mode
-    repacked_types: frozenset[GGMLQuantizationType]
     mapped: int
     copied: int
     repacked: int
@@ -43,33 +61,58 @@ class WeightForms:
     compute: int
     program: int
     staging: int = 0
+    n_batch: int = 1
+    repacked_tokens: Mapping[MatrixKind, int] = field(default_factory=dict)
+    alone: frozenset[MatrixKind] = frozenset()
 
     @property
     def required(self) -> int:
         """Bytes of everything in host memory."""
         return self.mapped + self.copied + self.repacked + self.kv + self.compute + self.program + self.staging
 
-    def batch_form(self, source: WeightSource) -> Form:
-        """The form of a weight for steps of several tokens."""
+    @property
+    def arrangement(self) -> tuple[object, ...]:
+        """What two plans must have in common for the same weights to serve both."""
+        return self.mode, self.n_batch, dict(self.repacked_tokens)
+
+    def form(self, source: WeightSource, n_tokens: int) -> Form:
+        """The form of a weight for steps of so many tokens."""
         if self.mode == "mapped":
             return "mapped"
-        return "repacked" if self.mode == "repacked" and self._repacks(source) else "copied"
+        is_repacked = n_tokens <= self.repacked_tokens.get(MatrixKind.of(source), 0) and _repackable(source)
+        return "repacked" if is_repacked else "copied"
 
     def single_form(self, source: WeightSource) -> Form:
         """The form of a weight for steps of one token."""
-        return "repacked" if self.mode == "both" and self._repacks(source) else self.batch_form(source)
+        return self.form(source, 1)
+
+    def forms(self, source: WeightSource) -> set[Form]:
+        """All forms of a weight that steps of up to `n_batch` tokens ask for."""
+        return {self.form(source, 1), self.form(source, self.n_batch)}
+
+    def in_tiers(self) -> "WeightForms":
+        """The same for a model whose experts lie in slots, as they are stored; other matrices have one form each."""
+        repacked = dict.fromkeys(self.alone, EVER)
+        return replace(self, mode="repacked" if repacked else "copied", repacked_tokens=repacked)
+
+    def plain(self) -> "WeightForms":
+        """The same with all weights as they are stored."""
+        return replace(self, mode="copied", repacked_tokens={}, alone=frozenset())
 
     def repacked_beside(self, sources: ModelSources) -> tuple[int, int]:
         """Bytes of what `both` repacks of a model whose experts lie in buckets, and those of staging meanwhile.
 
-        `sources` are the file's own.
+        `sources` are the file's own. What lies in memory repacked alone is not among it.
         """
+        tiered = self.in_tiers()
         weights = (*_weights(join_layers(without_experts(sources))), *bucket_stacks(sources))
-        sizes = [source.n_bytes for source in weights if self.single_form(source) == "repacked"]
-        return sum(sizes), max(sizes, default=0)
+        wanted = [source for source in weights if self.form(source, 1) == "repacked" != tiered.form(source, 1)]
+        return sum(source.n_bytes for source in wanted), max((source.n_bytes for source in wanted), default=0)
 
-    def _repacks(self, source: WeightSource) -> bool:
-        return source.type in self.repacked_types and _repackable(source)
+    def dense_staging(self, sources: ModelSources) -> int:
+        """Bytes through which matrices that are no experts' are repacked."""
+        weights = _weights(join_layers(without_experts(sources)))
+        return max((one.n_bytes for one in weights if self.form(one, 1) == "repacked"), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +135,12 @@ def bucket_stacks(sources: ModelSources) -> Iterator[WeightSource]:
 
 def repackable_types(sources: ModelSources) -> set[GGMLQuantizationType]:
     """Types of this model's weights that can be repacked on this CPU."""
-    return {source.type for source in (*_weights(sources), *bucket_stacks(sources)) if _repackable(source)}
+    return {kind.type for kind in repackable_kinds(sources)}
+
+
+def repackable_kinds(sources: ModelSources) -> set[MatrixKind]:
+    """Kinds of this model's weights that can be repacked on this CPU."""
+    return {MatrixKind.of(source) for source in (*_weights(sources), *bucket_stacks(sources)) if _repackable(source)}
 
 
 def matrix_bytes(sources: ModelSources) -> int:
@@ -112,40 +160,91 @@ def choose_weight_forms(
     speeds: Mapping[str, KernelSpeed],
     needs: Needs,
     available: int,
+    *,
+    has_second: bool = True,
 ) -> WeightForms:
     """The forms that `mode` names, or for auto the fastest that fit into `available` bytes.
 
-    If none fit, they are the smallest, and refusing them is the caller's. `speeds` are by the name of the type. Raises
-    UsageError for an unknown mode.
+    If none fit, they are the smallest, and refusing them is the caller's. `speeds` are by the name of the type. Without
+    `has_second` auto takes only forms that every budget can have: one of each matrix, experts as they are stored.
+    Raises UsageError for an unknown mode.
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
     compute = compute_bytes(spec, needs.n_cells, needs.n_batch)
     if mode != "mapped" and sources.output.weight is not sources.token_embd:
         compute += row_bytes(sources.token_embd, needs.n_batch)
-    possible = frozenset(repackable_types(sources))
-    forms = WeightForms("copied", frozenset(), 0, 0, 0, needs.kv, compute, needs.program)
+    possible = repackable_kinds(sources)
+    forms = WeightForms("copied", 0, 0, 0, needs.kv, compute, needs.program, n_batch=needs.n_batch)
     if mode == "mapped":
         return _counted(sources, replace(forms, mode="mapped"))
     if mode == "copied":
         return _counted(sources, forms)
     if mode == "repacked":
-        return _counted(sources, replace(forms, mode="repacked", repacked_types=possible))
+        return _counted(sources, replace(forms, mode="repacked", repacked_tokens=dict.fromkeys(possible, EVER)))
     if mode == "both":
-        return _counted(sources, replace(forms, mode="both", repacked_types=possible))
-    known = {kind: speeds[kind.name] for kind in possible if kind.name in speeds}
-    paying = {k: speed for k, speed in known.items() if speed.single_repacked < _WORTHWHILE * speed.single_plain}
-    both = _counted(sources, replace(forms, mode="both", repacked_types=frozenset(paying)))
-    if paying and both.required <= available:
+        return _counted(sources, replace(forms, mode="both", repacked_tokens=dict.fromkeys(possible, 1)))
+    shape = _Shape(spec.n_expert, spec.n_expert_used, needs.n_batch)
+    measured = {kind: speeds[kind.type.name] for kind in possible if kind.type.name in speeds}
+    by_kind = {kind: known.expert if kind.is_expert else known.dense for kind, known in measured.items()}
+    alone = {kind for kind, speed in by_kind.items() if shape.is_better_alone(kind, speed)}
+    dense = frozenset(kind for kind in alone if not kind.is_expert)
+    forms = replace(forms, alone=dense)
+    tokens = {kind: shape.repacked_tokens(kind, speed) for kind, speed in by_kind.items()}
+    tokens = {kind: n for kind, n in tokens.items() if n}
+    both = _counted(sources, replace(forms, mode=_mode(tokens, needs.n_batch), repacked_tokens=tokens))
+    if has_second and both.required <= available:
         return both
-    # One copy is better repacked if that saves time over a prompt and an answer of usual lengths.
-    alone = frozenset(
-        kind
-        for kind, speed in paying.items()
-        if _TYPICAL_ANSWER * (speed.single_plain - speed.single_repacked)
-        > _TYPICAL_PROMPT / 256 * (speed.batch_repacked - speed.batch_plain)
-    )
-    return _counted(sources, replace(forms, mode="repacked", repacked_types=alone) if alone else forms)
+    single = dict.fromkeys(alone if has_second else dense, EVER)
+    one = replace(forms, mode="repacked" if single else "copied", repacked_tokens=single)
+    return _counted(sources, one)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What decides how many rows of activations a matrix meets in a step: experts, used ones, and the largest step."""
+
+    n_expert: int
+    n_used: int
+    n_batch: int
+
+    def seconds(self, kind: MatrixKind, speed: FormSpeed, n_tokens: int) -> tuple[float, float]:
+        """Seconds with plain and with repacked matrices, of all experts or of one other matrix, in a step."""
+        if not kind.is_expert:
+            plain, repacked = speed.seconds(np.array([float(n_tokens)]))
+            return float(plain[0]), float(repacked[0])
+        # As many tokens select an expert as chance has it.
+        share = min(1.0, self.n_used / max(1, self.n_expert))
+        rows = np.arange(1, n_tokens + 1)
+        logs = [math.lgamma(n_tokens + 1) - math.lgamma(n + 1) - math.lgamma(n_tokens - n + 1) for n in rows]
+        if share == 1.0:
+            chances = (rows == n_tokens).astype(float)
+        else:
+            chances = np.exp(np.array(logs) + rows * math.log(share) + (n_tokens - rows) * math.log1p(-share))
+        plain, repacked = speed.seconds(rows.astype(float))
+        return float(chances @ plain), float(chances @ repacked)
+
+    def repacked_tokens(self, kind: MatrixKind, speed: FormSpeed) -> int:
+        """Up to how many tokens steps are faster with repacked matrices; 0 if even a single one is not."""
+        faster = 0
+        for n_tokens in (*(n for n in _STEPS if n < self.n_batch), self.n_batch):
+            plain, repacked = self.seconds(kind, speed, n_tokens)
+            if repacked >= _WORTHWHILE * plain:
+                return faster
+            faster = n_tokens
+        return EVER
+
+    def is_better_alone(self, kind: MatrixKind, speed: FormSpeed) -> bool:
+        """Whether repacked matrices save time over a prompt and an answer of usual lengths, and to a single token."""
+        single, batch = self.seconds(kind, speed, 1), self.seconds(kind, speed, _TYPICAL_BATCH)
+        saved = _TYPICAL_ANSWER * (single[0] - single[1]) + _TYPICAL_PROMPT / _TYPICAL_BATCH * (batch[0] - batch[1])
+        return single[1] < _WORTHWHILE * single[0] and saved > 0
+
+
+def _mode(tokens: Mapping[MatrixKind, int], n_batch: int) -> Mode:
+    if not tokens:
+        return "copied"
+    return "repacked" if min(tokens.values()) >= n_batch else "both"
 
 
 def _counted(sources: ModelSources, rule: WeightForms) -> WeightForms:
@@ -153,7 +252,7 @@ def _counted(sources: ModelSources, rule: WeightForms) -> WeightForms:
     forms = {
         (source.name, "copied" if form == "mapped" and len(source.spans) > 1 else form): source.n_bytes
         for source in _weights(sources)
-        for form in (rule.batch_form(source), rule.single_form(source))
+        for form in rule.forms(source)
     }
     if rule.mode == "mapped":
         forms[sources.token_embd.name, "mapped"] = sources.token_embd.n_bytes

@@ -43,7 +43,7 @@ class InstalledLibrary:
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Milliseconds for the products of two matrices of 7168 x 2048 in Q4_K with one token, and with 256."""
+    """Milliseconds for the product of an expert's matrix of 7168 x 2048 in Q4_K with one token, and with 128."""
 
     one_ms: float
     batch_ms: float
@@ -149,8 +149,7 @@ def _products(usable: Sequence[Library]) -> Mapping[str, Products]:
 
         speeds = measured_speeds([GGMLQuantizationType[_TYPE]], CpuBackend(default_threads()))
         for speed in speeds.values():
-            one = min(speed.single_plain, speed.single_repacked)
-            batch = min(speed.batch_plain, speed.batch_repacked)
+            one, batch = (min(speed.expert.plain[at], speed.expert.repacked[at]) for at in (0, -1))
             products[usable[0].package.name] = Products(round(1e3 * one, 3), round(1e3 * batch, 3))
         return products
     for library in usable:
@@ -209,7 +208,7 @@ def _lines(findings: Findings) -> list[str]:
     ]
     rows += [f"device      {device}" for device in devices or ["none besides the CPU"]]
     rows += [
-        f"products    {name}: {products.one_ms:g} ms with one token, {products.batch_ms:g} ms with 256"
+        f"products    {name}: {products.one_ms:g} ms with one token, {products.batch_ms:g} ms with 128"
         for name, products in findings.products.items()
     ]
     rows += [f"measured    {name}: {_figure(value)}" for name, value in findings.measured.items()]

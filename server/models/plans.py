@@ -58,5 +58,6 @@ async def plan_models(configs: Sequence[EngineConfig], seconds: float = PLAN_SEC
 
 def _unmeasured(config: EngineConfig) -> EngineConfig:
     """The configuration without the kernels being measured, which takes seconds for each model."""
-    is_measured = config.memory.weights == "auto" and not config.is_budgeted
-    return changed(config, {"weights": "mapped"}) if is_measured else config
+    if config.memory.weights != "auto":
+        return config
+    return changed(config, {"weights": "copied" if config.is_budgeted else "mapped"})

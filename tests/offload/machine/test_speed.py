@@ -23,7 +23,7 @@ from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.machine.kernel_bench import AttentionShape, KernelBench
 from slimoe.offload.machine.measure import Calibration, KernelNeeds, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache, default_path, machine_name
-from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measured_speeds, measurement_name
 from slimoe.offload.machine.speed import LinkSpeed, MachineSpeed, MatrixKernel, SpeedCurve
 from slimoe.offload.machine.transfer_bench import (
     MAX_PIECE,
@@ -438,8 +438,8 @@ def test_measuring_keeps_to_its_memory(cache: MeasurementCache, limit: int) -> N
 
 
 def test_the_probe_remembers_through_the_cache(cache: MeasurementCache) -> None:
-    known = KernelSpeed(1.0, 2.0, 3.0, 4.0)
-    cache.put({"CPU, 1 threads: Q4_K plain and repacked": known})
+    known = KernelSpeed(FormSpeed((1,), (1.0,), (2.0,)), FormSpeed((1, 4), (1.0, 2.0), (2.0, 3.0)))
+    cache.put({measurement_name(Type.Q4_K, 1): known})
     with closing(CpuBackend(1)) as backend:
         assert measured_speeds([Type.Q4_K, Type.F32], backend, cache=cache) == {"Q4_K": known}
 

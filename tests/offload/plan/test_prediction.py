@@ -13,14 +13,14 @@ from bench.baselines.rpc_server import rpc_server
 from slimoe.offload.engine import Engine
 from slimoe.offload.machine.cost_model import Residency, Step, predict
 from slimoe.offload.machine.measurement_cache import MeasurementCache
-from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
 from slimoe.offload.machine.workload import workload
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement, following_power
 from slimoe.offload.plan.prediction import known_as, measure_machine, predict_plan, repacked_speed
-from slimoe.offload.plan.weight_forms import Mode
+from slimoe.offload.plan.weight_forms import MatrixKind
 from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import read_content
 from tests.models.measured_machine import machine_for
@@ -203,14 +203,16 @@ def test_what_is_told_may_prevent_it(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "m.json").exists()
 
 
-@pytest.mark.parametrize(("mode", "prefill"), [("both", 1.0), ("repacked", 3.0)])
-def test_repacked_weights_have_their_own_speed(model: Path, mode: Mode, prefill: float) -> None:
-    """Half the time for a token, and three times for a batch where the plain ones are not kept."""
+@pytest.mark.parametrize(("n_most", "prefill"), [(1, 1.0), (1 << 20, 3.0)])
+def test_repacked_weights_have_their_own_speed(model: Path, n_most: int, prefill: float) -> None:
+    """Half the time for a token, and three times for a batch where the plain ones are not taken."""
     plan = plan_engine(engine_config(model, n_threads=1, n_ctx=64))
     plain = machine_for(plan)
-    weight_forms = dataclasses.replace(plan.weight_forms, mode=mode, repacked_types=frozenset({Type.F32}))
-    plan = dataclasses.replace(plan, weight_forms=weight_forms)
-    speed = repacked_speed(plain, plan, {"F32": KernelSpeed(2, 1, 1, 3)})
+    kinds = {MatrixKind(Type.F32, False): n_most, MatrixKind(Type.F32, True): n_most}
+    plan = dataclasses.replace(plan, weight_forms=dataclasses.replace(plan.weight_forms, repacked_tokens=kinds))
+    n_rows = next(iter(plain.cpu.kernels.values())).n_rows
+    measured = FormSpeed(n_rows, (2, 1), (1, 3))
+    speed = repacked_speed(plain, plan, {"F32": KernelSpeed(measured, measured)})
     for name, curve in speed.cpu.kernels.items():
         ratios = np.divide(curve.seconds_per_byte, plain.cpu.kernels[name].seconds_per_byte)
         assert list(ratios) == pytest.approx([0.5, prefill])

@@ -10,7 +10,7 @@ from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.loaded_model import LoadedModel
-from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.model.weight_reader import model_sources
@@ -21,9 +21,14 @@ from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 ROOM = 1 << 50
-FASTER_REPACKED = KernelSpeed(single_plain=2.0, single_repacked=1.0, batch_plain=20.0, batch_repacked=10.0)
-BATCHES_SLOWER_REPACKED = KernelSpeed(single_plain=2.0, single_repacked=1.0, batch_plain=20.0, batch_repacked=2000.0)
-NO_FASTER_REPACKED = KernelSpeed(single_plain=1.0, single_repacked=0.99, batch_plain=20.0, batch_repacked=10.0)
+_POINTS = (1, 4, 256)
+_FASTER = FormSpeed(_POINTS, (2.0, 8.0, 20.0), (1.0, 4.0, 10.0))
+_BATCHES_SLOWER = FormSpeed(_POINTS, (2.0, 8.0, 20.0), (1.0, 7.0, 100.0))
+_BATCHES_A_LITTLE_SLOWER = FormSpeed(_POINTS, (2.0, 8.0, 20.0), (1.0, 7.0, 30.0))
+FASTER_REPACKED = KernelSpeed(_FASTER, _FASTER)
+BATCHES_SLOWER_REPACKED = KernelSpeed(_BATCHES_SLOWER, _BATCHES_SLOWER)
+EXPERTS_SLOWER_REPACKED = KernelSpeed(_BATCHES_SLOWER, _BATCHES_A_LITTLE_SLOWER)
+NO_FASTER_REPACKED = KernelSpeed(*2 * (FormSpeed(_POINTS, (1.0, 8.0, 20.0), (0.99, 4.0, 10.0)),))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +48,15 @@ def sources(model: Path) -> ModelSources:
     return model_sources(gguf, ModelSpec.from_gguf(gguf))
 
 
-def decide(model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM) -> WeightForms:
+def decide(
+    model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM, *, has_second: bool = True
+) -> WeightForms:
     gguf = read_gguf(model)
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
     speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
     needs = Needs(kv=1000, program=100, n_cells=256, n_batch=32)
-    return choose_weight_forms(sources, spec, mode, speeds, needs, available)
+    return choose_weight_forms(sources, spec, mode, speeds, needs, available, has_second=has_second)
 
 
 def tensor_bytes(model: Path) -> int:
@@ -85,7 +92,8 @@ def test_repacked_and_both(model: Path, sources: ModelSources) -> None:
     output = sources.layers[0].attn_output
     assert output is not None
     square = output.weight
-    assert (both.batch_form(square), both.single_form(square)) == ("copied", "repacked")
+    assert (both.form(square, 1), both.form(square, 2)) == ("repacked", "copied")
+    assert {repacked.form(square, n) for n in (1, 2, 512)} == {"repacked"}
 
 
 def test_a_table_that_is_the_output_too_is_copied_once(tmp_path: Path, model: Path) -> None:
@@ -97,7 +105,13 @@ def test_a_table_that_is_the_output_too_is_copied_once(tmp_path: Path, model: Pa
 
 @pytest.mark.parametrize(
     ("speed", "mode"),
-    [(None, "copied"), (FASTER_REPACKED, "both"), (BATCHES_SLOWER_REPACKED, "both"), (NO_FASTER_REPACKED, "copied")],
+    [
+        (None, "copied"),
+        (FASTER_REPACKED, "repacked"),
+        (BATCHES_SLOWER_REPACKED, "both"),
+        (EXPERTS_SLOWER_REPACKED, "both"),
+        (NO_FASTER_REPACKED, "copied"),
+    ],
 )
 def test_with_room_the_fastest_is_chosen(model: Path, speed: KernelSpeed | None, mode: str) -> None:
     assert decide(model, "auto", speed).mode == mode
@@ -107,6 +121,31 @@ def test_with_room_the_fastest_is_chosen(model: Path, speed: KernelSpeed | None,
 def test_without_room_for_two_copies_the_better_one_is_chosen(model: Path, speed: KernelSpeed, mode: str) -> None:
     too_little = decide(model, "both").required - 1
     assert decide(model, "auto", speed, available=too_little).mode == mode
+
+
+def test_steps_of_several_tokens_take_what_is_faster_for_so_many(model: Path, sources: ModelSources) -> None:
+    """A matrix meets every token, an expert those that select it: half of them here."""
+    forms = decide(model, "auto", BATCHES_SLOWER_REPACKED)
+    output = sources.layers[0].attn_output
+    assert output is not None
+    expert = sources.layers[0].gate_up[0].weight
+    assert [forms.form(output.weight, n) for n in (1, 4, 8, 32)] == ["repacked", "repacked", "copied", "copied"]
+    assert [forms.form(expert, n) for n in (1, 4, 8, 32)] == ["repacked", "repacked", "repacked", "copied"]
+    assert forms.forms(expert) == {"repacked", "copied"}
+
+
+@pytest.mark.parametrize("available", [ROOM, 0])
+def test_what_every_budget_can_have_is_the_same_in_all(model: Path, sources: ModelSources, available: int) -> None:
+    """Matrices that are best repacked once, but never experts, which lie in slots as they are stored."""
+    output = sources.layers[0].attn_output
+    assert output is not None
+    expert = sources.layers[0].gate_up[0].weight
+    forms = decide(model, "auto", EXPERTS_SLOWER_REPACKED, available, has_second=False)
+    assert (forms.forms(output.weight), forms.forms(expert)) == ({"repacked"}, {"copied"})
+    tiered = decide(model, "auto", EXPERTS_SLOWER_REPACKED, available).in_tiers()
+    assert tiered.repacked_tokens == forms.repacked_tokens
+    slower = decide(model, "auto", BATCHES_SLOWER_REPACKED, available, has_second=False)
+    assert (slower.mode, slower.in_tiers().mode) == ("copied", "copied")
 
 
 def test_unknown_mode(model: Path) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import llama_cpp
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.errors import LibraryError
 from slimoe.offload.ggml.library import ENVIRONMENT
 from slimoe.offload.ggml.packages import NATIVE, PREBUILT
 from slimoe.offload.machine.measurement_cache import MeasurementCache
-from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measurement_name
 from slimoe.offload.resources.processors import default_threads
 from slimoe.server.cli import run
 from tests.offload.ggml.test_library import lay_out, told
@@ -40,11 +41,12 @@ def test_what_was_measured_is_told(
 ) -> None:
     monkeypatch.setenv("SLIMOE_CACHE", str(tmp_path))
     monkeypatch.setenv(ENVIRONMENT, NATIVE.name)
-    name = f"CPU, {default_threads()} threads: Q4_K plain and repacked"
-    MeasurementCache().put({name: KernelSpeed(2e-3, 1e-3, 3e-2, 4e-2)})
+    name = measurement_name(Type.Q4_K, default_threads())
+    speed = FormSpeed((1, 128), (2e-3, 3e-2), (1e-3, 4e-2))
+    MeasurementCache().put({name: KernelSpeed(speed, speed)})
     report = reported(capsys, "--measure")
     assert report["products"] == {NATIVE.name: {"one_ms": 1.0, "batch_ms": 30.0}}
-    assert report["measured"][name]["batch_plain"] == 3e-2
+    assert report["measured"][name]["expert"]["plain"] == [2e-3, 3e-2]
 
 
 def test_a_prebuilt_library_is_told_with_what_a_build_would_bring(tmp_path: Path) -> None:
