@@ -265,9 +265,8 @@ class _Opening:
         table = None if self._rows is None else self._rows.tensor
         weights = load_weights(store, sources, plan.weight_forms.single_form, table)
         store.release_staging()
-        if plan.repacked_beside is not None:
-            form = plan.repacked_beside.single_form
-            self._single = load_single_weights(store, plan.sources, sources, form, table)
+        if (beside := plan.repacked_beside) is not None:
+            self._single = load_single_weights(store, plan.sources, sources, beside.single_form, table)
         return DevicePart(self._cpu, exchange, range(plan.spec.n_layer), self._carried.kv.caches[HOST], weights)
 
     def _table_part(self, exchange: Exchange) -> DevicePart:

@@ -12,12 +12,12 @@ from slimoe.offload.machine.cost_model import expected_uses
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.plan.engine_plan import EnginePlan
 
-_EIGHT_EXPERTS, _DOUBLING = 1.7, 0.2
+_LEAST_POWER, _EIGHT_EXPERTS, _DOUBLING = 1.5, 0.3, 0.28
 """How much better a cache that follows the text does than one that stays as it is, where the file tells no uses.
 
-If all experts were used alike, a part m of the selected ones would be in no memory; then m to a power is missed.
-Replays gave 1.5 to 2.0 for 8 experts in a layer and 1.9 to 2.8 for 128, nearly the same however many are in memory
-(bench/RESULTS.md, "Expected hits"): 1.7, and 0.2 more whenever the experts double. With uses in the file, from
+If all experts were used alike, a part s of the selected ones would be in no memory; then s to a power is missed. Replays
+gave 1.5 to 2.0 for 8 experts in a layer and 1.8 to 2.5 for 128, more where little is in memory (bench/RESULTS.md,
+"Expected hits"): 1.5, and s times 0.3, and 0.28 more whenever the experts double. With uses in the file, from
 calibration text, the power is 0.9 to 1.2: what they say is what is found, so nothing is added.
 """
 
@@ -29,8 +29,9 @@ class ExpertPlacement:
     `on_devices` has one number for each device of the plan. `device_share` and `host_share` are for experts that stay
     where they are at the start, as a prompt that needs them all finds them. `is_cut` says whether steps stop at
     routers, because some layer's experts are in more than one place. `by_layer` are the `device_share`s of each layer
-    with experts, none without devices. A host expert cache that follows the text misses the `power` of what one misses
-    that stays as it is; see `following_power`.
+    with experts, none without devices. An answer finds less than `host_share` where experts that are only predicted
+    take slots, `passing_share` of all uses, and more where the cache follows the text: it misses a power of what one
+    would miss that stays as it is, see `following_power`, with `n_expert` in a layer, None where the file tells uses.
     """
 
     n_experts: int
@@ -40,7 +41,8 @@ class ExpertPlacement:
     host_share: float
     is_cut: bool
     by_layer: tuple[float, ...] = ()
-    power: float = 1.0
+    passing_share: float = 0.0
+    n_expert: float | None = None
 
     @property
     def on_disk(self) -> int:
@@ -55,8 +57,12 @@ class ExpertPlacement:
     @property
     def missed_share(self) -> float:
         """The share of an answer's selected experts that a host expert cache which follows the text has not got."""
-        left = 1.0 - self.device_share
-        return left * float((self.disk_share / left) ** self.power) if left else 0.0
+        left, absent = 1.0 - self.device_share, self.disk_share + self.passing_share
+        if not left or not self.disk_share:
+            return 0.0
+        share = min(1.0, absent / left)
+        power = 1.0 if self.n_expert is None else following_power(share, self.n_expert)
+        return left * float(share**power)
 
     @property
     def found_share(self) -> float:
@@ -76,13 +82,15 @@ def expert_placement(plan: EnginePlan) -> ExpertPlacement:
         on_devices.append(set(own) if device.is_whole else _fill(plan, own, free))
     gone = {key for own in on_devices for key in own}
     left = [key for key in best if key not in gone]
-    on_host = set(left) if plan.is_resident else set()
+    on_host, passing = set(left) if plan.is_resident else set(), set[Key]()
     if plan.tiers is not None:
         room = dict(plan.tiers.n_slots)
         on_host = _fill(plan, left, room)
         if plan.tiers.low == "first":
             # A mode that keeps low-bit copies first does not wait for better ones.
             on_host |= _fill(plan, left, room, copy=-1)
+        else:
+            passing = on_host - _fill(plan, left, _lasting_slots(plan))
     total = float(uses.sum()) or 1.0
     device_share = _sum(uses, gone) / total
     return ExpertPlacement(
@@ -94,16 +102,23 @@ def expert_placement(plan: EnginePlan) -> ExpertPlacement:
         host_share=_sum(uses, on_host) / total if keys else 1.0,
         is_cut=bool(keys) and not plan.is_resident and len(gone) < len(keys),
         by_layer=_by_layer(plan, uses, gone) if plan.devices else (),
-        power=following_power(plan),
+        passing_share=_sum(uses, passing) / total,
+        n_expert=None if plan.priors is not None or not keys else len(keys) / len([*_routed(plan)]),
     )
 
 
-def following_power(plan: EnginePlan) -> float:
-    """The power of a plan's host expert cache: 1 where the file tells uses, or nothing is read, and else a guess."""
-    numbers = [len(layer.experts) for _, layer in _routed(plan)]
-    if plan.tiers is None or plan.priors is not None or not numbers:
-        return 1.0
-    return _EIGHT_EXPERTS + _DOUBLING * max(0.0, math.log2(sum(numbers) / len(numbers) / 8))
+def following_power(share: float, n_expert: float) -> float:
+    """The power of a cache that knows nothing of uses but follows the text, where it would miss a `share` otherwise."""
+    return _LEAST_POWER + share * (_EIGHT_EXPERTS + _DOUBLING * max(0.0, math.log2(n_expert / 8)))
+
+
+def _lasting_slots(plan: EnginePlan) -> dict[SlotClass, int]:
+    """Slots by class, without those in which experts of the next layers pass through that are read ahead of time."""
+    assert plan.tiers is not None
+    slots = dict(plan.tiers.n_slots)
+    n_used = max((layer.n_expert_used for _, layer in _routed(plan)), default=0)
+    part = min(1.0, plan.tiers.prefetch_depth * n_used / max(1, sum(slots.values())))
+    return {kind: n - round(part * n) for kind, n in slots.items()}
 
 
 def _by_layer(plan: EnginePlan, uses: NDArray[np.float64], keys: Collection[Key]) -> tuple[float, ...]:
