@@ -15,7 +15,7 @@ from slimoe.offload.plan.engine_plan import EnginePlan
 _LEAST_POWER, _EIGHT_EXPERTS, _DOUBLING = 1.5, 0.3, 0.28
 """How much better a cache that follows the text does than one that stays as it is, where the file tells no uses.
 
-If all experts were used alike, a part s of the selected ones would be in no memory; then s to a power is missed. Replays
+If all experts were used alike, a part s of the selected ones would be in no memory; s to a power is missed. Replays
 gave 1.5 to 2.0 for 8 experts in a layer and 1.8 to 2.5 for 128, more where little is in memory (bench/RESULTS.md,
 "Expected hits"): 1.5, and s times 0.3, and 0.28 more whenever the experts double. With uses in the file, from
 calibration text, the power is 0.9 to 1.2: what they say is what is found, so nothing is added.
@@ -103,7 +103,7 @@ def expert_placement(plan: EnginePlan) -> ExpertPlacement:
         is_cut=bool(keys) and not plan.is_resident and len(gone) < len(keys),
         by_layer=_by_layer(plan, uses, gone) if plan.devices else (),
         passing_share=_sum(uses, passing) / total,
-        n_expert=None if plan.priors is not None or not keys else len(keys) / len([*_routed(plan)]),
+        n_expert=len(keys) / len([*_routed(plan)]) if plan.tiers is not None and plan.priors is None else None,
     )
 
 
