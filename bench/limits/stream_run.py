@@ -8,7 +8,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,24 +59,31 @@ class StreamOutcome:
 
 
 def run_ours(job: StreamJob) -> StreamOutcome:
-    """Our engine's requests, one step for all of them; raises as `Engine.open` does."""
-    context = ContextConfig(n_ctx=job.n_prompt + job.n_tokens, n_parallel=job.n_streams)
+    """Our engine's requests, one step for all of them; raises as `Engine.open` does.
+
+    It reads a prompt a step, while those that were read already write: all write on until the last one has counted.
+    """
+    n_most = job.n_tokens + job.n_streams
+    context = ContextConfig(n_ctx=job.n_prompt + n_most, n_parallel=job.n_streams)
     config = EngineConfig(Path(job.model), job.n_threads, context=context, memory=MemoryConfig(ram=job.ram))
     with closing(Engine.open(config)) as engine:
         answers: dict[int, list[int]] = {}
         for prompt in job.prompts:
-            request = GenerationRequest(tuple(prompt), job.n_tokens, SamplingParams(temperature=0), ignore_eos=True)
+            request = GenerationRequest(tuple(prompt), n_most, SamplingParams(temperature=0), ignore_eos=True)
             answers[engine.submit(request)] = []
-        begin, n_before = 0.0, 0
-        while not engine.is_idle:
-            for number, event in engine.step():
-                if isinstance(event, TokenStep):
-                    answers[number].append(event.token)
-            if not begin and min(map(len, answers.values())) >= job.n_warm:
-                begin, n_before = time.perf_counter(), sum(map(len, answers.values()))
-        seconds = time.perf_counter() - begin
-        n_timed = sum(map(len, answers.values())) - n_before
-        return StreamOutcome(n_timed / seconds, list(answers.values()))
+        _step(engine, answers, lambda: min(map(len, answers.values())) >= job.n_warm)
+        begin, n_steps = time.perf_counter(), iter(range(job.n_tokens - job.n_warm))
+        _step(engine, answers, lambda: next(n_steps, None) is None)
+        n_timed = job.n_streams * (job.n_tokens - job.n_warm)
+        return StreamOutcome(n_timed / (time.perf_counter() - begin), [own[: job.n_tokens] for own in answers.values()])
+
+
+def _step(engine: Engine, answers: dict[int, list[int]], is_enough: Callable[[], bool]) -> None:
+    """Computes steps, and adds what they write to the answers, until it is enough."""
+    while not is_enough():
+        for number, event in engine.step():
+            if isinstance(event, TokenStep):
+                answers[number].append(event.token)
 
 
 class LlamaCppStreams:

@@ -1,9 +1,9 @@
 """Several answers at once: tokens per second of all together, next to llama.cpp's sequences in one batch.
 
-Each candidate runs alone in a process, in turn, for each number of streams; with --ratio under a limit of memory of
-the file's size over the ratio. Prompts are natural texts that differ (`bench.models.topics`), answers greedy. llama.cpp
-decodes as llama-server does for its slots, without HTTP; where everything fits it also has its rearranged weights. The
-last line of stdout is one JSON document. A ratio above 1 means that ours is faster.
+Each candidate runs alone in a process, in turn, for each number of streams; with --ratio not as memory allows, but
+under a limit of the file's size over the ratio. Prompts are natural texts that differ (`bench.models.topics`), answers
+greedy. llama.cpp decodes as llama-server does for its slots, without HTTP; where everything fits it also has its
+rearranged weights. The last line of stdout is one JSON document. A ratio above 1 means that ours is faster.
 
     python -m bench.quality.streams --model qwen3moe --streams 1,2,4,8,16 --ratio 1.4
 """
@@ -96,7 +96,11 @@ def _numbers(_: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @click.option("--streams", callback=_numbers, default="1,2,4,8,16", show_default=True, help="Answers at once.")
 @click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="Tokens of each answer.")
 @click.option(
-    "--ratio", "ratios", multiple=True, type=click.FloatRange(1.0), help="The file's size over a memory limit."
+    "--ratio",
+    "ratios",
+    multiple=True,
+    type=click.FloatRange(1.0),
+    help="The file's size over a limit of memory.",
 )
 @threads_flag
 @run_flags
@@ -123,7 +127,7 @@ def main(
                 n: StreamJob(OURS, str(path), threads or default_threads(), prompts(path, n, 32), tokens, n_warm=2)
                 for n in ((1, 2) if smoke else streams)
             }
-            limits = {"unlimited": None} | {f"{one:g}": int(path.stat().st_size / one) for one in ratios}
+            limits = {f"{one:g}": int(path.stat().st_size / one) for one in ratios} or {"unlimited": None}
             for name, limit in limits.items():
                 documents[name] = measure(jobs, limit, console)
                 console.print(table(documents[name], f"{path.name}, memory {name}, tokens per second of all streams"))

@@ -225,11 +225,11 @@ class _Shape:
         return float(chances @ plain), float(chances @ repacked)
 
     def repacked_tokens(self, kind: MatrixKind, speed: FormSpeed) -> int:
-        """Up to how many tokens steps are faster with repacked matrices; 0 if even a single one is not."""
+        """Up to how many tokens steps are faster with repacked matrices; 0 if a single one gains next to nothing."""
         faster = 0
         for n_tokens in (*(n for n in _STEPS if n < self.n_batch), self.n_batch):
             plain, repacked = self.seconds(kind, speed, n_tokens)
-            if repacked >= _WORTHWHILE * plain:
+            if repacked >= (plain if faster else _WORTHWHILE * plain):
                 return faster
             faster = n_tokens
         return EVER
