@@ -11,12 +11,14 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.stepping import kl_divergence
+from slimoe.offload.cache.residency import Key
 from slimoe.offload.engine import Engine
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.configs import engine_config, reconfigured
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content
 from tests.models.native_files import NativeFfn, StoredExpert, native_logits, plain_ffn, write_native
+from tests.models.tiered import tiered_plan
 
 TOKENS = [1, 17, 305, 4, 99, 306, 211, 42, 7, 500, 333, 12]
 _RNG = np.random.default_rng(5)
@@ -139,3 +141,21 @@ def test_the_files_priors_reach_the_plan(tmp_path: Path, stock: GGUFContent) -> 
     scores(path, 5)
     without = write_native(tmp_path / "w.gguf", stock, [ALIASES, None])
     assert plan_engine(engine_config(without, n_ctx=256, n_threads=1)).priors is None
+
+
+def test_at_the_start_the_most_used_experts_are_read_first(tmp_path: Path, stock: GGUFContent) -> None:
+    """Where there is no room for all of them, and one after the other: who asks early finds these."""
+    uses = np.random.default_rng(7).permutation(12).reshape(2, 6) / 12
+    layers = [plain_ffn(6, hints=LayerHints(use=tuple(own))) for own in uses.tolist()]
+    config = engine_config(write_native(tmp_path / "m.gguf", stock, layers), n_ctx=256, n_threads=1)
+    plan = tiered_plan(config, 0.5)
+    assert plan.tiers is not None
+    with closing(Engine(config, plan, lambda *_: None)) as engine:
+        assert engine.tiers is not None
+        assert engine.tiers.host_pool is not None
+        order: list[Key] = engine.tiers.host_pool.keys
+        complete = {key for key, _, is_complete in engine.tiers.host_pool.places() if is_complete}
+    hottest = sorted(np.ndindex(2, 6), key=lambda key: -uses[key])
+    assert 0 < len(order) < 12
+    assert order == hottest[: len(order)]
+    assert complete == set(order)
