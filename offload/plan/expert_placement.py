@@ -13,12 +13,12 @@ from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.plan.engine_plan import EnginePlan
 
 _LEAST_POWER, _EIGHT_EXPERTS, _DOUBLING = 1.5, 0.3, 0.28
-"""How much better a cache that follows the text does than one that stays as it is, where the file tells no uses.
+"""How much better a cache that follows the text does than one that stays as it is.
 
 If all experts were used alike, a part s of the selected ones would be in no memory; s to a power is missed. Replays
 gave 1.5 to 2.0 for 8 experts in a layer and 1.8 to 2.5 for 128, more where little is in memory (bench/RESULTS.md,
-"Expected hits"): 1.5, and s times 0.3, and 0.28 more whenever the experts double. With uses in the file, from
-calibration text, the power is 0.9 to 1.2: what they say is what is found, so nothing is added.
+"Expected hits"): 1.5, and s times 0.3, and 0.28 more whenever the experts double. With uses in the file, from text of
+many kinds, s is what they say, and a text of one kind is followed with a power of 1.2 to 1.8: 1.5, whatever s.
 """
 
 
@@ -61,7 +61,7 @@ class ExpertPlacement:
         if not left or not self.disk_share:
             return 0.0
         share = min(1.0, absent / left)
-        power = 1.0 if self.n_expert is None else following_power(share, self.n_expert)
+        power = _LEAST_POWER if self.n_expert is None else following_power(share, self.n_expert)
         return left * float(share**power)
 
     @property
