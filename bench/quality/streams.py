@@ -127,7 +127,8 @@ def main(
                 n: StreamJob(OURS, str(path), threads or default_threads(), prompts(path, n, 32), tokens, n_warm=2)
                 for n in ((1, 2) if smoke else streams)
             }
-            limits = {f"{one:g}": int(path.stat().st_size / one) for one in ratios} or {"unlimited": None}
+            limits: dict[str, int | None] = {f"{one:g}": int(path.stat().st_size / one) for one in ratios}
+            limits = limits or {"unlimited": None}
             for name, limit in limits.items():
                 documents[name] = measure(jobs, limit, console)
                 console.print(table(documents[name], f"{path.name}, memory {name}, tokens per second of all streams"))

@@ -180,7 +180,7 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
     if where.is_cut:
         hits = {"on devices": where.device_share, "in memory": where.found_share, "read from disk": where.missed_share}
         found = ", ".join(f"{100 * hit:.0f} % {name}" for name, hit in hits.items() if hit > 0)
-        basis = "as often as the file says" if plan.priors is not None else "a guess: as in other models' texts"
+        basis = "from the uses that the file tells" if plan.priors is not None else "a guess: as in other models' texts"
         lines.append(_row("experts are found", f"{found} ({basis})"))
     return ["", *lines]
 

@@ -1,7 +1,9 @@
+import dataclasses
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
@@ -146,6 +148,25 @@ def test_what_every_budget_can_have_is_the_same_in_all(model: Path, sources: Mod
     assert tiered.repacked_tokens == forms.repacked_tokens
     slower = decide(model, "auto", BATCHES_SLOWER_REPACKED, available, has_second=False)
     assert (slower.mode, slower.in_tiers().mode) == ("copied", "copied")
+
+
+def test_all_budgets_give_the_same_logits(model: Path, tmp_path: Path) -> None:
+    """A whole model, and one whose experts lie in slots, with steps that stop at routers: a trace has them do so."""
+    speeds = {kind.name: EXPERTS_SLOWER_REPACKED for kind in (Type.Q4_K, Type.Q6_K)}
+    machine = dataclasses.replace(roomy_machine(), kernels=speeds)
+    config = engine_config(model, n_ctx=256, n_threads=1, ram="8GiB")
+    configs = [config, reconfigured(config, trace=tmp_path / "trace")]
+    found = []
+    for one in configs:
+        with closing(Engine.open(one, machine=machine)) as engine:
+            assert engine.plan.weight_forms.mode == "repacked"
+            logits = [engine.read(tokens, 1)[0].copy() for tokens in ([1, 2, 3, 4, 5], [6], [7, 8])]
+            found.append((engine.tiers is None, np.stack(logits)))
+    assert [is_whole for is_whole, _ in found] == [True, False]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    plain = Engine.open(reconfigured(config, weights="copied"), machine=machine)
+    assert not np.array_equal(plain.read([1, 2, 3, 4, 5], 1)[0], found[0][1][0])
+    plain.close()
 
 
 def test_unknown_mode(model: Path) -> None:
