@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,14 +9,13 @@ from numpy.typing import NDArray
 
 from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_bytes, widest
 from slimoe.offload.errors import DoesNotFitError, UsageError
-from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.gguf.keys import MERGES, TOKENS
 from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
-from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
+from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.regrouped import without_experts
@@ -28,7 +26,7 @@ from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import check_context, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
-from slimoe.offload.plan.machine import Machine, this_machine
+from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, request_bytes
 from slimoe.offload.plan.weight_forms import (
     Needs,
@@ -45,10 +43,6 @@ MAX_THREADS = 512  # ggml's own limit
 MAX_PARALLEL = 256
 TIERED_BATCH = 256
 """Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
-_PROBE_ABOVE_BYTES = 256 << 20
-"""Smaller models answer before a measurement would be over."""
-_PROBED_PART = 3
-"""One in so many bytes of the memory that may be held is used to measure kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +160,11 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
     n_copies = sum(len(copies) for layer in layers if layer is not None for copies in layer.experts)
     program = program_bytes(machine.held, spec.n_layer, n_texts, n_copies)
     n_threads = machine.n_threads if config.n_threads is None else config.n_threads
-    speeds = machine.kernels
-    if speeds is None:
-        speeds = {}
-        if config.memory.weights == "auto" and gguf.n_bytes >= _PROBE_ABOVE_BYTES:
-            least = min(decide_budget(one.memory.ram, (), (), machine.memory).ram for one in configs)
-            with closing(CpuBackend(n_threads)) as backend:
-                speeds = measured_speeds(repackable_types(sources), backend, least // _PROBED_PART)
-        machine = replace(machine, kernels=speeds)
-    model = _Model(gguf, spec, sources, layers, machine, n_threads, program, speeds)
+    if machine.kernels is None:
+        is_measured = config.memory.weights == "auto" and gguf.n_bytes >= PROBE_ABOVE_BYTES
+        least = min(decide_budget(one.memory.ram, (), (), machine.memory).ram for one in configs)
+        machine = with_kernels(machine, repackable_types(sources) if is_measured else (), n_threads, least)
+    model = _Model(gguf, spec, sources, layers, machine, n_threads, program, machine.kernels or {})
     names, plans = [device.name for device in machine.devices], []
     for config in configs:
         plan = _decide(config, model)

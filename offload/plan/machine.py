@@ -1,16 +1,25 @@
 """What a plan must know of the machine that it is made for: memory, devices and threads."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import DeviceError
+from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.devices import Device, choose_devices
 from slimoe.offload.machine.driver_memory import with_driver_memory
-from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.machine.probe import KernelSpeed, measured_speeds
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.program_memory import held_bytes
 from slimoe.offload.resources.memory import HostMemory, resident_bytes
 from slimoe.offload.resources.processors import default_threads
+
+PROBE_ABOVE_BYTES = 256 << 20
+"""Smaller models answer before a measurement would be over."""
+_PROBED_PART = 3
+"""One in so many bytes of the memory that may be held is used to measure kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +56,12 @@ def this_machine(config: EngineConfig, model_bytes: int = 0) -> Machine:
             notes.append(f"Without {device.name}: {error}")
     held = held_bytes(resident_bytes() - model_bytes)
     return Machine(HostMemory.now(), tuple(devices), default_threads(), held, notes=tuple(notes))
+
+
+def with_kernels(machine: Machine, kinds: Iterable[GGMLQuantizationType], n_threads: int, max_bytes: int) -> Machine:
+    """The machine with the speeds of these types, which are measured in a part of `max_bytes` if they are not known."""
+    wanted = tuple(kinds)
+    if not wanted:
+        return replace(machine, kernels={})
+    with closing(CpuBackend(n_threads)) as backend:
+        return replace(machine, kernels=measured_speeds(wanted, backend, max_bytes // _PROBED_PART))
