@@ -181,7 +181,7 @@ class BlockFit:
         """
         own = _group_blocks(metric, self._grid.width)
         mixing, factors = _mixing(metric, own), torch.linalg.cholesky(own.flip(1, 2)).flip(1, 2)
-        between = mixing.to(self._rounded.dtype)
+        between = mixing.to(self._rounded.dtype, copy=True)
         runs = list(self._runs())
         for run in runs:
             between[run, run] = 0

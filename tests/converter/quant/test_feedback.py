@@ -7,6 +7,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
+from slimoe.converter.quant import feedback
 from slimoe.converter.quant.block_grid import grid_of, with_codes, without_codes
 from slimoe.converter.quant.block_layout import BITS
 from slimoe.converter.quant.block_scales import fitted_scales
@@ -141,8 +142,13 @@ def test_a_curvature_solves_for_the_weights_of_given_products() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [Type.Q2_K, Type.Q4_K, Type.Q6_K], ids=names)
-def test_the_loss_is_below_textbook_gptq_with_ggmls_scales(kind: Type) -> None:
+def test_the_loss_is_below_textbook_gptq_with_ggmls_scales(
+    monkeypatch: pytest.MonkeyPatch, kind: Type, products: torch.dtype
+) -> None:
+    """Whatever this processor multiplies."""
+    monkeypatch.setattr(feedback, "product_type", lambda _: products)
     x, w = inputs(256), weights(8, 256)
     hessian = damped(torch.from_numpy(x.T @ x), 0.01).double().numpy()
     blocks = quantize_rows(w, kind, hessian.diagonal().astype(np.float32)).reshape(8, -1)
