@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
-        self.cells = Cells(plan.n_cells)
+        self.cells = Cells(plan.n_cells, plan.n_states)
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
         self._past: Counter[str] = Counter()
@@ -131,7 +131,10 @@ class Engine:
         return self._totals()["cpu_seconds"]
 
     def truncate(self, n_past: int) -> None:
-        """Forgets all but the first `n_past` tokens of the caller's own sequence."""
+        """Forgets all but the first `n_past` tokens of the caller's own sequence.
+
+        With recurrent layers it may have to forget more of them: `n_past` then says what is left.
+        """
         self.cells.truncate(self._own, n_past)
 
     def common_prefix(self, tokens: Sequence[int]) -> int:
@@ -160,7 +163,7 @@ class Engine:
             raise ContextOverflowError(n_past + n, self.n_ctx)
         self.cells.append(self._own, tokens)
         try:
-            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out), is_cancelled)
+            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out, self._own.moves), is_cancelled)
         except BaseException:
             self.truncate(n_past)
             raise

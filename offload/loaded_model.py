@@ -150,7 +150,7 @@ class FormedWeights:
 def carried_anew(config: EngineConfig, plan: EnginePlan) -> Carried:
     """What a model that was not open before begins with: empty caches, and no expert used yet."""
     uses = ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
-    return Carried(KVStore(plan.spec, plan.n_cells, kv_type(config.context.kv_type)), uses)
+    return Carried(KVStore(plan.spec, plan.n_cells, kv_type(config.context.kv_type), plan.n_states), uses)
 
 
 class _Counter:

@@ -252,7 +252,8 @@ class _Opening:
         n_used = max(1, spec.n_expert_used)
         has_windows = any(spec.windowed)
         sizes = spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth
-        shape = ExchangeShape(*sizes, has_windows, spec.n_expert_aux)
+        n_state_rows = plan.n_parallel * spec.recurrent.n_parts if spec.recurrent else 0
+        shape = ExchangeShape(*sizes, has_windows, spec.n_expert_aux, n_state_rows)
         return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def _routing(gguf: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
         "renormalised": spec.renormalises,
         "scale": spec.expert_weights_scale,
         "shared_width": experts.n_ff_shared,
-        "shared_gate": bool(shared and shared.is_gated),
+        "shared_gate": bool(shared and shared.gate),
         "dense_layers": sum(not shape.n_expert and bool(shape.n_ff) for shape in experts.layers),
         "dense_width": spec.n_ff_dense,
         "mtp_blocks": spec.n_layer_nextn,

@@ -24,8 +24,8 @@ _MAX_STEPS = 6
 """So many shapes of steps are kept; one costs some 60 KB a layer."""
 
 
-_Key = tuple[int, int, int, int]
-"""Number of a segment, and its step's tokens, cells and rows of logits; hashed many times per token."""
+_Key = tuple[int, int, int, int, int]
+"""Number of a segment, and its step's tokens, cells, rows of logits and runs; hashed many times per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,9 @@ class TieredRunner:
         try:
             for index, segment in enumerate(self._segments):
                 n_most = 1 if backends[segment.part].is_host else n_out
+                n_runs = 1 if spec.recurrent else 0
                 for shape in ((n_batch, self._n_cells, n_most), (1, self._n_cells, 1)):
-                    self._graphs[segment.part].reserve((index, *shape))
+                    self._graphs[segment.part].reserve((index, *shape, n_runs))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
@@ -97,7 +98,7 @@ class TieredRunner:
         assert batch.n_kv <= self._n_cells
         if batch.n_tokens == 1 and self._single is not None and self._single.is_ready():
             return self._single.run(batch, is_cancelled)
-        shape, begin = (batch.n_tokens, batch.n_kv, batch.n_out), time.perf_counter()
+        shape, begin = (batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states)), time.perf_counter()
         self._write_inputs(batch)
         if self._moe_step is not None:
             self._moe_step.begin(batch)
@@ -141,6 +142,10 @@ class TieredRunner:
             exchange.write("cells", batch.cells)
             if temperature := self.spec.attention.temperature:
                 exchange.write("temperatures", temperature.factors(batch.positions))
+            if recurrent := self.spec.recurrent:
+                before, after = batch.state_rows(recurrent.n_parts)
+                exchange.write("states_from", before)
+                exchange.write("states_to", after)
             for name in ("mask", "window_mask") if any(self.spec.windowed) else ("mask",):
                 shape = batch.n_tokens, batch.n_kv
                 mask = exchange.read(name, *shape) if exchange.is_host else np.empty(shape, np.float16)

@@ -203,6 +203,20 @@ def ggml_silu(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_softplus(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_ssm_conv(ctx: Ptr, inputs: Ptr, taps: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_gated_delta_net(
+    ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, gate: Ptr, beta: Ptr, state: Ptr, n_snapshots: I64
+) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_fill(ctx: Ptr, a: Ptr, value: F32) -> Ptr: ...
 
 
@@ -265,6 +279,14 @@ def ggml_cont(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_cont_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_transpose(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_flash_attn_ext(
     ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
 ) -> Ptr: ...
@@ -304,6 +326,12 @@ def ggml_view_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, nb1: Size, offset: Size) 
 
 @c_function(_BASE)
 def ggml_view_3d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, nb1: Size, nb2: Size, offset: Size) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_view_4d(
+    ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, ne3: I64, nb1: Size, nb2: Size, nb3: Size, offset: Size
+) -> Ptr: ...
 
 
 @c_function(_BASE)

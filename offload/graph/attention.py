@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
 from slimoe.offload.graph.weights import LayerWeights
@@ -11,11 +12,20 @@ from slimoe.offload.model.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What makes one graph differ from another: tokens read, cache cells looked at, rows of logits wanted."""
+    """What makes one graph differ from another: tokens read, cache cells looked at, rows of logits wanted.
+
+    Where layers are recurrent, the tokens are of `n_runs` sequences, the same number of each; else it is 0.
+    """
 
     n_tokens: int
     n_kv: int
     n_out: int
+    n_runs: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> "StepShape":
+        """The shape of a batch's graph."""
+        return cls(batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states))
 
     @property
     def n_queries(self) -> int:
@@ -29,7 +39,8 @@ class StepInputs:
 
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
     mask F16 [n_kv, n_tokens] (0 or -inf), another one for layers with a sliding window, temperatures F32 [n_tokens],
-    by which queries are multiplied; 0 for what no layer has.
+    by which queries are multiplied, `states_from` I32 and `states_to` I64 [n_runs * n_parts], the rows of what
+    recurrent layers keep of each sequence, before and after the step; 0 for what no layer has.
     """
 
     tokens: int
@@ -38,6 +49,8 @@ class StepInputs:
     mask: int
     window_mask: int = 0
     temperatures: int = 0
+    states_from: int = 0
+    states_to: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +68,7 @@ class AttentionBuilder:
     def add(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
         """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
         ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
-        query, key, value = self._qkv(layer, hidden, n_queries)
+        query, key, value, gate = self._qkv(layer, hidden, n_queries)
         freq_base = spec.rope.window_freq_base if spec.window(index) else 0.0
         rotated = self._rope(query, self._last(positions, n_queries), freq_base)
         query, scale = self._normed_head(rotated, layer.q_norm), spec.attention_scale
@@ -64,7 +77,9 @@ class AttentionBuilder:
         self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions, freq_base), layer.k_norm))
         self._store(self.cache.values[index], value)
         attended = self._attend(index, query, n_queries, scale, layer.sinks)
-        joined = ggml.ggml_reshape_2d(ctx, attended, spec.attention.n_output, n_queries)
+        joined = int(ggml.ggml_reshape_2d(ctx, attended, spec.attention.n_output, n_queries))
+        if gate:
+            joined = int(ggml.ggml_mul(ctx, joined, ggml.ggml_sigmoid(ctx, gate)))
         return add_linear(ctx, layer.attn_output, joined)
 
     def _last(self, vector: int, n: int) -> int:
@@ -96,8 +111,10 @@ class AttentionBuilder:
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
         return int(attended)
 
-    def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int]:
-        """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens]."""
+    def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int, int]:
+        """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens], and the gate
+        [n_output, n_queries] of what attention makes of them, 0 without one.
+        """
         ctx, spec, n_tokens = self.ctx, self.spec, self.shape.n_tokens
         n_heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
         if len(layer.qkv) == 3:
@@ -107,21 +124,32 @@ class AttentionBuilder:
             assert n_queries == n_tokens, "the last layer's queries must stand alone"
             joined, begin, parts = add_linear(ctx, layer.qkv[0], hidden), 0, []
             stride = ggml.tensor_at(joined).nb[1]
-            for n_head in n_heads:
-                width = spec.n_embd_head * n_head
+            n_kv = spec.n_embd_head * spec.n_head_kv
+            for width in (spec.attention.n_query_rows, n_kv, n_kv):
                 parts.append(int(ggml.ggml_view_2d(ctx, joined, width, n_tokens, stride, begin)))
                 begin += 4 * width
-        norms = (layer.q_norm, layer.k_norm, 0)
+        norms, gate = (layer.q_norm, layer.k_norm, 0), self._gate(parts[0]) if spec.attention.is_gated else 0
         query, key, value = (self._heads(*one) for one in zip(parts, norms, n_heads, strict=True))
-        return query, key, value
+        return query, key, value, gate
+
+    def _gate(self, rows: int) -> int:
+        """The second half of each head of rows [2 * n_embd_head * n_head, n], [n_embd_head * n_head, n]."""
+        ctx, width, n_head = self.ctx, self.spec.n_embd_head, self.spec.n_head
+        n_tokens, stride = ggml.tensor_at(rows).ne[1], ggml.tensor_at(rows).nb[1]
+        halves = ggml.ggml_view_3d(ctx, rows, width, n_head, n_tokens, 8 * width, stride, 4 * width)
+        return int(ggml.ggml_cont_2d(ctx, halves, width * n_head, n_tokens))
 
     def _heads(self, rows: int, norm: int, n_head: int) -> int:
-        """Rows [n_embd_head * n_head, n] as heads [n_embd_head, n_head, n], normalised where there is a `norm`."""
+        """Rows as heads [n_embd_head, n_head, n], normalised where there is a `norm`.
+
+        They are [n_embd_head * n_head, n], where heads of queries may be followed by their gates.
+        """
         spec = self.spec
         if norm and spec.architecture.qk_norm == "row":
             rows = add_rms_norm(self.ctx, rows, norm, spec.rms_eps)
         n_tokens, stride, width = ggml.tensor_at(rows).ne[1], ggml.tensor_at(rows).nb[1], spec.n_embd_head
-        heads = int(ggml.ggml_view_3d(self.ctx, rows, width, n_head, n_tokens, 4 * width, stride, 0))
+        apart = 4 * ggml.tensor_at(rows).ne[0] // n_head
+        heads = int(ggml.ggml_view_3d(self.ctx, rows, width, n_head, n_tokens, apart, stride, 0))
         if norm and spec.architecture.qk_norm == "head":
             return add_rms_norm(self.ctx, heads, norm, spec.rms_eps)
         return heads

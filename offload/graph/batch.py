@@ -33,7 +33,8 @@ class Batch:
 
     tokens I32 [n_tokens], positions I32 [n_tokens] (each in its own sequence), cells I64 [n_tokens] (where its key and
     value go, every cell at most once), `runs` in the order of the tokens, `n_kv` cells to look at (a multiple of
-    CELL_STEP), `n_out` tokens, counted from the last, whose logits are wanted.
+    CELL_STEP), `n_out` tokens, counted from the last, whose logits are wanted. Where layers are recurrent, `states` has
+    for each run, all as long as each other, the number of the state that its sequence had, and of that which it gets.
     """
 
     tokens: NDArray[np.int32]
@@ -42,18 +43,30 @@ class Batch:
     runs: tuple[Run, ...]
     n_kv: int
     n_out: int
+    states: tuple[tuple[int, int], ...] = ()
 
     @property
     def n_tokens(self) -> int:
         """Tokens read."""
         return len(self.tokens)
 
+    def state_rows(self, n_parts: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Rows [n_runs * n_parts] of the states that sequences had, and of those that they get, of `n_parts` each."""
+        before, after = np.array(self.states).T[:, :, None] * n_parts + np.arange(n_parts)
+        return before.reshape(-1).astype(np.int32), after.reshape(-1)
 
-def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batch:
-    """Makes a batch of parts: the new tokens of a sequence, and all of its cells, those of the new tokens last."""
+
+def make_batch(
+    parts: Sequence[tuple[Sequence[int], Cells]], n_out: int, states: Sequence[tuple[int, int]] = ()
+) -> Batch:
+    """Makes a batch of parts: the new tokens of a sequence, and all of its cells, those of the new tokens last.
+
+    `states` are those of recurrent layers, before and after, for each part.
+    """
     runs = tuple(Run(len(tokens), visible) for tokens, visible in parts)
     assert 0 < n_out <= sum(run.n_tokens for run in runs)
     assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
+    assert not states or (len(states) == len(runs) and len({run.n_tokens for run in runs}) == 1)
     n_cells = 1 + max(int(run.visible.max()) for run in runs)
     return Batch(
         tokens=_joined([np.array(tokens, np.int32) for tokens, _ in parts]),
@@ -64,6 +77,7 @@ def make_batch(parts: Sequence[tuple[Sequence[int], Cells]], n_out: int) -> Batc
         runs=runs,
         n_kv=-(-n_cells // CELL_STEP) * CELL_STEP,
         n_out=n_out,
+        states=tuple(states),
     )
 
 

@@ -41,6 +41,8 @@ class ExchangeShape:
     has_windows: bool = False
     n_aux: int = 0
     """Experts of a token that are selected only, for which vectors stand."""
+    n_state_rows: int = 0
+    """Rows of the states of recurrent layers that a step reads and writes."""
 
 
 _OF_TOKEN = ("normed", "expert_weights", "ranked", "early_logits")
@@ -75,6 +77,8 @@ class Exchange:
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),
             "expert_weights": (Type.F32, shape.n_used * n_tokens),
+            "states_from": (Type.I32, max(1, shape.n_state_rows)),
+            "states_to": (Type.I64, max(1, shape.n_state_rows)),
             "aux_weights": (Type.F32, max(1, shape.n_aux * n_tokens)),
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
 from slimoe.offload.graph.weights import LayerWeights, SharedWeights
-from slimoe.offload.model.architecture import Activation, Architecture
+from slimoe.offload.model.architecture import Activation, Architecture, SharedExpert
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
 """The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
@@ -50,14 +50,15 @@ def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
     return add_linear(ctx, layer.down, add_activation(ctx, projected))
 
 
-def add_shared_expert(ctx: int, shared: SharedWeights, normed: int) -> int:
+def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, of: SharedExpert | None) -> int:
     """The output of a shared expert, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in shared.gate_up]
     output = add_linear(ctx, shared.down, add_activation(ctx, projected))
     if not shared.gate:
         return output
     gate = ggml.ggml_mul_mat(ctx, shared.gate, normed)
-    # llama.cpp's sigmoid here, to the last bit.
+    if of is not None and of.gate == "sigmoid":
+        return int(ggml.ggml_mul(ctx, output, ggml.ggml_sigmoid(ctx, gate)))
     return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
 

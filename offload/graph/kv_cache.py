@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, in one buffer that is allocated once."""
+"""What layers keep of the tokens read so far, keys and values or states, in one buffer that is allocated once."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -17,6 +17,7 @@ KV_TYPES = {
     "q8_0": GGMLQuantizationType.Q8_0,
 }
 _ALIGNMENT = 256
+_KEPT_STATES = 3
 CELL_STEP = 256
 """The cache is read in steps of so many cells, so that one graph serves as many tokens."""
 
@@ -43,6 +44,22 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: 
     return int(n_layer * n_cells * spec.n_head_kv * n_values // block * block_bytes)
 
 
+def state_bytes(spec: ModelSpec, layers: Collection[int] | None = None) -> int:
+    """Bytes of what recurrent layers, some `layers` or all, keep of one sequence; 0 where none is recurrent."""
+    if spec.recurrent is None:
+        return 0
+    n_layer = sum(layers is None or layer in layers for layer in spec.recurrent_layers)
+    return 4 * n_layer * (spec.recurrent.n_conv_kept + spec.recurrent.n_matrix_kept)
+
+
+def state_count(spec: ModelSpec, n_parallel: int) -> int:
+    """How many states of sequences a model with recurrent layers has room for; 0 where none is recurrent.
+
+    The one of no tokens, two of each sequence in use, and some to go on from again.
+    """
+    return 0 if spec.recurrent is None else 1 + 3 * n_parallel + _KEPT_STATES
+
+
 def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int]:
     return [layer for layer in spec.attention_layers if layers is None or layer in layers]
 
@@ -58,7 +75,8 @@ class KVCache:
     """Keys and values [n_embd_head, n_cells, n_head_kv] of each of the `layers`, by default all, that has attention.
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory. Where values are a view of
-    the keys, as with absorbed MLA, `values` is empty.
+    the keys, as with absorbed MLA, `values` is empty. Of recurrent layers there are the last inputs of convolutions,
+    `convs`, and the `matrices` of delta nets, F32 [n, n_parts * n_states]: state 0 is that of no tokens.
     """
 
     def __init__(
@@ -68,6 +86,7 @@ class KVCache:
         kind: GGMLQuantizationType,
         backend: Backend,
         layers: Collection[int] | None = None,
+        n_states: int = 0,
     ) -> None:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
@@ -77,7 +96,14 @@ class KVCache:
         self.keys = {layer: self._tensor(kind, attention.key_length, *cells) for layer in own}
         with_values = own if attention.has_values else []
         self.values = {layer: self._tensor(kind, attention.value_length, *cells) for layer in with_values}
-        tensors = [*self.keys.values(), *self.values.values()]
+        self.convs, self.matrices = dict[int, int](), dict[int, int]()
+        if recurrent := spec.recurrent:
+            kept = [layer for layer in spec.recurrent_layers if layers is None or layer in layers]
+            n_rows = n_states * recurrent.n_parts
+            self.convs = {layer: self._rows(recurrent.n_conv_kept // recurrent.n_parts, n_rows) for layer in kept}
+            if n_values := recurrent.n_matrix_kept // recurrent.n_parts:
+                self.matrices = {layer: self._rows(n_values, n_rows) for layer in kept}
+        tensors = [held for of in self.kinds for held in of.values()]
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self.n_bytes = sum(sizes)
         try:
@@ -91,6 +117,14 @@ class KVCache:
             base += size
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
         ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
+
+    @property
+    def kinds(self) -> tuple[dict[int, int], ...]:
+        """Tensors of each kind by their layers."""
+        return self.keys, self.values, self.convs, self.matrices
+
+    def _rows(self, n_values: int, n_rows: int) -> int:
+        return int(ggml.ggml_new_tensor_2d(self._ctx, GGMLQuantizationType.F32, n_values, n_rows))
 
     def _tensor(self, kind: GGMLQuantizationType, *ne: int) -> int:
         return int(ggml.ggml_new_tensor_3d(self._ctx, kind, *ne))

@@ -23,10 +23,10 @@ class KVPlace(NamedTuple):
 
 
 class KVStore:
-    """One cache for each place, by its name; all have `n_cells` cells of one type."""
+    """One cache for each place, by its name; all have `n_cells` cells of one type, and `n_states` recurrent states."""
 
-    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType) -> None:
-        self.spec, self.n_cells, self.kind = spec, n_cells, kind
+    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, n_states: int = 0) -> None:
+        self.spec, self.n_cells, self.kind, self.n_states = spec, n_cells, kind, n_states
         self.caches: dict[str, KVCache] = {}
         self._layers: dict[str, tuple[int, ...]] = {}
 
@@ -40,14 +40,14 @@ class KVStore:
         try:
             for name, place in places.items():
                 if name not in kept:
-                    made[name] = KVCache(self.spec, self.n_cells, self.kind, place.backend, place.layers)
+                    made[name] = KVCache(self.spec, self.n_cells, self.kind, place.backend, place.layers, self.n_states)
         except BaseException:
             for cache in made.values():
                 cache.close()
             raise
         for cache in made.values():
             for old in self.caches.values():
-                for mine, theirs in ((cache.keys, old.keys), (cache.values, old.values)):
+                for mine, theirs in zip(cache.kinds, old.kinds, strict=True):
                     for layer in mine.keys() & theirs.keys():
                         _copy(theirs[layer], mine[layer])
         for name in [name for name in self.caches if name not in kept]:

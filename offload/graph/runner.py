@@ -36,6 +36,7 @@ class _Prepared:
     mask: NDArray[np.float16] | None
     window_mask: NDArray[np.float16] | None
     temperatures: NDArray[np.float32]
+    states: tuple[NDArray[np.int32], NDArray[np.int64]] | None
     logits: Logits
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
@@ -70,8 +71,9 @@ class Runner:
         self.spec, self.backend, self.cache, self._lookup = spec, backend, cache, lookup
         self._weights, self._rows, self._uses = weights, rows, uses
         self._graphs = GraphPool(backend.buft, self._build, n_graphs)
-        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1))
-        self._graphs.reserve(StepShape(1, cache.n_cells, 1))
+        n_runs = 1 if spec.recurrent else 0
+        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1, n_runs))
+        self._graphs.reserve(StepShape(1, cache.n_cells, 1, n_runs))
 
     @property
     def compute_bytes(self) -> int:
@@ -84,7 +86,7 @@ class Runner:
         The array is the engine's own memory and is overwritten by the next step. Raises EngineAbortedError.
         """
         assert batch.n_kv <= self.cache.n_cells
-        prepared = self._graphs.get(StepShape(batch.n_tokens, batch.n_kv, batch.n_out))
+        prepared = self._graphs.get(StepShape.of(batch))
         if self._rows is None:
             prepared.tokens[:] = batch.tokens
         else:
@@ -94,6 +96,9 @@ class Runner:
         prepared.cells[:] = batch.cells
         if temperature := self.spec.attention.temperature:
             prepared.temperatures[:] = temperature.factors(batch.positions)
+        if recurrent := self.spec.recurrent:
+            assert prepared.states is not None
+            prepared.states[0][:], prepared.states[1][:] = batch.state_rows(recurrent.n_parts)
         if prepared.mask is not None:
             fill_mask(prepared.mask, batch)
         if prepared.window_mask is not None:
@@ -113,6 +118,7 @@ class Runner:
             self._graphs.advise(step.logits)
             inputs, n_tokens, n_used = step.inputs, shape.n_tokens, self.spec.n_expert_used
             mask = np.float16, n_tokens, shape.n_kv
+            n_states = shape.n_runs * self.spec.recurrent.n_parts if self.spec.recurrent else 0
             ranked = ((layer, _array(one, np.int32, *ggml.tensor_at(one).ne[1::-1])) for layer, one in step.ranked)
             return _Prepared(
                 step.graph,
@@ -122,6 +128,12 @@ class Runner:
                 mask=_array(inputs.mask, *mask) if inputs.mask else None,
                 window_mask=_array(inputs.window_mask, *mask) if inputs.window_mask else None,
                 temperatures=_array(inputs.temperatures, np.float32, n_tokens) if inputs.temperatures else _NONE,
+                states=(
+                    _array(inputs.states_from, np.int32, n_states),
+                    _array(inputs.states_to, np.int64, n_states),
+                )
+                if n_states
+                else None,
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),
             )

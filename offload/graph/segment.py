@@ -85,7 +85,14 @@ def build_segment(
     mask = 0 if cache is None else exchange.view(ctx, "mask", (shape.n_kv, shape.n_tokens))
     has_windows = cache is not None and any(spec.windowed)
     window_mask = exchange.view(ctx, "window_mask", (shape.n_kv, shape.n_tokens)) if has_windows else 0
-    inputs = StepInputs(tokens, positions, cells, mask, window_mask, temperatures if spec.attention.temperature else 0)
+    temperatures = temperatures if spec.attention.temperature else 0
+    states = (0, 0)
+    if spec.recurrent:
+        n_rows = shape.n_runs * spec.recurrent.n_parts
+        vectors = (exchange.tensor(name) for name in ("states_from", "states_to"))
+        before, after = (int(ggml.ggml_view_1d(ctx, vector, n_rows, 0)) for vector in vectors)
+        states = before, after
+    inputs = StepInputs(tokens, positions, cells, mask, window_mask, temperatures, *states)
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):

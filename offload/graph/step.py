@@ -25,6 +25,7 @@ from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER
 from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
+from slimoe.offload.graph.recurrent import RecurrentBuilder
 from slimoe.offload.graph.router import Selection, add_router, aux_experts, select_experts
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.model.spec import ModelSpec
@@ -55,7 +56,7 @@ def build_step(
     Experts of layers in `lookup`, which is for steps of one token, are not in the `weights`.
     """
     ctx, graph = new_graph(spec, spec.n_layer, is_looked_up=lookup is not None)
-    n_windowed = sum(spec.windowed)
+    n_windowed, n_states = sum(spec.windowed), shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
     masks = [
         int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)) if is_used else 0
         for is_used in (n_windowed < spec.n_layer, n_windowed)
@@ -67,8 +68,10 @@ def build_step(
         mask=masks[0],
         window_mask=masks[1],
         temperatures=int(ggml.ggml_new_tensor_1d(ctx, Type.F32, shape.n_tokens)) if spec.attention.temperature else 0,
+        states_from=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, n_states)) if n_states else 0,
+        states_to=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, n_states)) if n_states else 0,
     )
-    vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures
+    vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures, inputs.states_from, inputs.states_to
     for tensor in (*vectors, inputs.mask, inputs.window_mask):
         if tensor:
             ggml.ggml_set_input(tensor)
@@ -136,12 +139,21 @@ class BlockBuilder:
         if layer.attn_norm is None:
             return last_rows(ctx, hidden, n_rows)
         assert self.cache is not None
+        if layer.recurrent is not None:
+            assert spec.recurrent is not None
+            recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, self.cache, self.shape, self.inputs)
+            output = recurrent.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps))
+            return self._added(output, hidden, n_rows)
         builder = AttentionBuilder if layer.latent is None else LatentAttentionBuilder
         attention = builder(ctx, self.graph, spec, self.cache, self.shape, self.inputs, self.weights.rope_freqs)
         n_queries = self.shape.n_queries if index == spec.n_layer - 1 else self.shape.n_tokens
         output = attention.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps), n_queries)
-        update = self._scaled(last_rows(ctx, output, n_rows), spec.multipliers.residual)
-        return int(ggml.ggml_add(ctx, update, last_rows(ctx, hidden, n_rows)))
+        return self._added(output, hidden, n_rows)
+
+    def _added(self, output: int, hidden: int, n_rows: int) -> int:
+        """The last rows of a block's first half added to the residual stream."""
+        update = self._scaled(last_rows(self.ctx, output, n_rows), self.spec.multipliers.residual)
+        return int(ggml.ggml_add(self.ctx, update, last_rows(self.ctx, hidden, n_rows)))
 
     def add_feed_forward(self, index: int, hidden: int) -> int:
         """The second half of a block, [n_embd, n_rows], dense or of experts; a block can be without one."""
@@ -178,7 +190,9 @@ class BlockBuilder:
             ids = aux_experts(ctx, self.spec, selection.ranked)
             update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights)
         if shared is not None:
-            update = int(ggml.ggml_add(ctx, update, add_shared_expert(ctx, shared, normed)))
+            update = int(
+                ggml.ggml_add(ctx, update, add_shared_expert(ctx, shared, normed, self.spec.architecture.shared))
+            )
         return int(ggml.ggml_add(ctx, self._scaled(update, self.spec.multipliers.residual), hidden))
 
     def add_logits(self, hidden: int) -> int:

@@ -20,6 +20,7 @@ from slimoe.offload.model.tensors import (
     LayerSources,
     LinearSource,
     ModelSources,
+    RecurrentSources,
     SharedSources,
     Span,
     WeightSource,
@@ -65,6 +66,18 @@ class LatentWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class RecurrentWeights:
+    """Tensor addresses of a recurrent layer, as in `RecurrentSources`; 0 for what it does not have."""
+
+    inputs: tuple[Linear, ...]
+    conv: int
+    output: Linear
+    decay: int = 0
+    step_bias: int = 0
+    norm: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """Tensor addresses of one block, shaped as in `LayerSources`; None or 0 for what a block does not have."""
 
@@ -84,6 +97,7 @@ class LayerWeights:
     expert_scales: tuple[int, ...] = ()
     latent: LatentWeights | None = None
     aux: tuple[int, ...] = ()
+    recurrent: RecurrentWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +324,16 @@ def load_weights(
             return None
         return LatentWeights(*(optional(part) or Linear(0) for part in (source.q, source.k, source.v)))
 
+    def recurrent(source: RecurrentSources | None) -> RecurrentWeights | None:
+        if source is None:
+            return None
+        return RecurrentWeights(
+            tuple(linear(part) for part in source.inputs),
+            weight(source.conv),
+            linear(source.output),
+            *(weight(part) for part in (source.decay, source.step_bias, source.norm)),
+        )
+
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
             attn_norm=optional(source.attn_norm),
@@ -328,6 +352,7 @@ def load_weights(
             expert_scales=tuple(weight(scale) for scale in source.expert_scales),
             latent=latent(source.latent),
             aux=tuple(weight(vectors) for vectors in source.aux),
+            recurrent=recurrent(source.recurrent),
         )
 
     if token_embd is None:

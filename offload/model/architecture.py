@@ -44,19 +44,33 @@ class SharedExpert:
 
     `width` says where its width stands: in the key `expert_shared_feed_forward_length`, without which there is no such
     part ("key") or it is the dense one ("key_or_dense"); or it is an expert's times `expert_shared_count` ("counted"),
-    where the key may replace the expert's ("key_counted"). `is_gated`: its output is multiplied with the sigmoid of a
-    vector's product with the input.
+    where the key may replace the expert's ("key_counted"). With a `gate` its output is multiplied with the sigmoid of a
+    vector's product with the input, computed as such or as llama.cpp once did, SiLU over its argument.
     """
 
     width: Literal["key", "key_or_dense", "counted", "key_counted"]
-    is_gated: bool = False
+    gate: Literal["sigmoid", "silu_quotient"] | None = None
 
 
 Activation = Literal["swiglu", "swiglu_oai"]
 """What joins an expert's gate and up: SwiGLU, or OpenAI's, whose inputs are clamped and whose up is raised by one."""
 
+Recurrence = Literal["delta_net", "short_conv"]
+"""What layers without attention keep a state by: a gated delta net, or a short convolution alone."""
+
 When = Literal[
-    "model", "attention", "q", "low_rank_q", "absorbed", "unabsorbed", "ffn", "router", "dense", "experts", "shared"
+    "model",
+    "attention",
+    "recurrent",
+    "q",
+    "low_rank_q",
+    "absorbed",
+    "unabsorbed",
+    "ffn",
+    "router",
+    "dense",
+    "experts",
+    "shared",
 ]
 """Where a tensor belongs: to the model as a whole, or to each layer that has such a part or form of attention."""
 
@@ -66,14 +80,20 @@ class TensorRole:
     """One kind of weight: its `role`, which is llama.cpp's name of the tensor, its shape in ggml's order, where it is.
 
     The shape is given in sizes that have names: see `tensor_list.sizes`. A bias has the `suffix` "bias"; those of
-    attention's and dense matrices may always be there, and need no role.
+    attention's and dense matrices may always be there, and need no role. Some files have another name, `stored_as`.
     """
 
     role: str
     ne: tuple[str, ...]
     when: When
     is_optional: bool = False
-    suffix: Literal["weight", "bias"] = "weight"
+    suffix: Literal["weight", "bias", ""] = "weight"
+    stored_as: str = ""
+
+    def name(self, block: str = "") -> str:
+        """The tensor's name in files, where `block` stands before it."""
+        stem = f"{block}{self.stored_as or self.role}"
+        return f"{stem}.{self.suffix}" if self.suffix else stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +113,9 @@ class Architecture:
     architectures without windows. `activation` is that of the experts. `is_down_wide`: what an expert's down is
     multiplied with may be larger than F16 can say, which kernels must not make of it. With `has_indexer` attention sees
     of a longer context only what an indexer selects, which is not run: contexts end where it would begin to select.
+    Of architectures with a `recurrence` some layers have it in place of attention. With `groups_heads` the value heads
+    of one key head of a delta net are neighbours, and their beta and alpha are one matrix. If it `gates_attention`, the
+    matrix of queries makes for each head a row more, whose sigmoid the head's output is multiplied with.
     `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
@@ -117,6 +140,9 @@ class Architecture:
     activation: Activation = "swiglu"
     is_down_wide: bool = False
     has_indexer: bool = False
+    recurrence: Recurrence | None = None
+    groups_heads: bool = False
+    gates_attention: bool = False
     difference: str = ""
 
     @property

@@ -54,6 +54,36 @@ _OUTPUT = TensorRole("output", ("n_embd", "n_vocab"), "model")
 _OUTPUT_OR_TIED = TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True)
 _END = (_ATTN_OUTPUT, _FFN_NORM, _ROUTER, *_DENSE, *_EXPERTS, _OUTPUT_NORM)
 
+_RECURRENT_NORM = TensorRole("attn_norm", ("n_embd",), "recurrent")
+_DELTA_NET = (
+    _RECURRENT_NORM,
+    TensorRole("attn_qkv", ("n_embd", "n_conv_channels"), "recurrent"),
+    TensorRole("attn_gate", ("n_embd", "n_inner"), "recurrent"),
+    TensorRole("ssm_conv1d", ("n_conv", "n_conv_channels"), "recurrent"),
+    TensorRole("ssm_dt", ("n_rank",), "recurrent", suffix="bias"),
+    TensorRole("ssm_a", ("n_rank",), "recurrent", suffix=""),
+    TensorRole("ssm_norm", ("n_state",), "recurrent"),
+    TensorRole("ssm_out", ("n_inner", "n_embd"), "recurrent"),
+)
+_GATED_ATTENTION = (
+    _BEGIN[0],
+    TensorRole("attn_norm", ("n_embd",), "attention"),
+    TensorRole("attn_q", ("n_embd", "n_q_rows"), "attention"),
+    TensorRole("attn_k", ("n_embd", "n_kv"), "attention"),
+    TensorRole("attn_v", ("n_embd", "n_kv"), "attention"),
+    *_NORM_OF_HEADS,
+    _ATTN_OUTPUT,
+)
+_GATED_END = (
+    TensorRole("post_attention_norm", ("n_embd",), "ffn"),
+    _ROUTER,
+    *_EXPERTS,
+    *_SHARED,
+    _SHARED_GATE,
+    _OUTPUT_NORM,
+    _OUTPUT_OR_TIED,
+)
+
 _MLA = (
     _BEGIN[0],
     TensorRole("attn_norm", ("n_embd",), "attention"),
@@ -82,7 +112,7 @@ QWEN2MOE = Architecture(
     tensors=(*_BEGIN, *_END, *_SHARED, _SHARED_GATE, _OUTPUT),
     rope=RopeType.NEOX,
     router=Router(renormalise=False),
-    shared=SharedExpert("key_or_dense", is_gated=True),
+    shared=SharedExpert("key_or_dense", gate="silu_quotient"),
     width_key="expert_feed_forward_length",
 )
 QWEN3MOE = Architecture(
@@ -233,6 +263,64 @@ DEEPSEEK32 = replace(
     has_indexer=True,
 )
 GLM_DSA = replace(DEEPSEEK32, name="glm-dsa", models="GLM-5, 5.1 and 5.2")
+QWEN3NEXT = Architecture(
+    name="qwen3next",
+    models="Qwen3-Next and Qwen3-Coder-Next",
+    tensors=(
+        *_GATED_ATTENTION,
+        *_DELTA_NET,
+        TensorRole("ssm_ba", ("n_embd", "n_rank_pairs"), "recurrent"),
+        *_GATED_END,
+    ),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    rotates_partly=True,
+    ffn_norm="post_attention_norm",
+    shared=SharedExpert("key_or_dense", gate="sigmoid"),
+    width_key="expert_feed_forward_length",
+    recurrence="delta_net",
+    groups_heads=True,
+    gates_attention=True,
+)
+QWEN35MOE = replace(
+    QWEN3NEXT,
+    name="qwen35moe",
+    models="Qwen3.5 and 3.6 MoE",
+    tensors=(
+        *_GATED_ATTENTION,
+        *_DELTA_NET,
+        TensorRole("ssm_beta", ("n_embd", "n_rank"), "recurrent"),
+        TensorRole("ssm_alpha", ("n_embd", "n_rank"), "recurrent"),
+        *_GATED_END,
+    ),
+    groups_heads=False,
+)
+LFM2MOE = Architecture(
+    name="lfm2moe",
+    models="LFM2 and LFM2.5 MoE",
+    tensors=(
+        *_BEGIN,
+        *_NORM_OF_HEADS,
+        _RECURRENT_NORM,
+        TensorRole("shortconv.in_proj", ("n_embd", "n_conv_inputs"), "recurrent"),
+        TensorRole("shortconv.conv", ("n_conv", "n_embd"), "recurrent"),
+        TensorRole("shortconv.out_proj", ("n_embd", "n_embd"), "recurrent"),
+        _ATTN_OUTPUT,
+        _FFN_NORM,
+        _ROUTER,
+        _CHOICE_BIAS,
+        *_DENSE,
+        *_EXPERTS,
+        TensorRole("output_norm", ("n_embd",), "model", stored_as="token_embd_norm"),
+        _OUTPUT_OR_TIED,
+    ),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    router=Router(reads_score=True),
+    width_key="expert_feed_forward_length",
+    has_dense_layers=True,
+    recurrence="short_conv",
+)
 BAILINGMOE2 = Architecture(
     name="bailingmoe2",
     models="Ling 2 and Ring 2",
@@ -265,6 +353,9 @@ ARCHITECTURES = {
         DEEPSEEK32,
         GLM_DSA,
         GPT_OSS,
+        QWEN3NEXT,
+        QWEN35MOE,
+        LFM2MOE,
         BAILINGMOE2,
     )
 }
@@ -288,8 +379,8 @@ COUSINS = {
     "phi3": ("phimoe", "without experts"),
     "qwen2": ("qwen2moe", "without experts"),
     "qwen3": ("qwen3moe", "without experts"),
-    "qwen3next": ("qwen3moe", "with linear attention"),
-    "qwen35moe": ("qwen3moe", "with linear attention"),
+    "qwen35": ("qwen35moe", "without experts"),
+    "lfm2": ("lfm2moe", "without experts"),
     "qwen3vlmoe": ("qwen3moe", "with positions of images"),
 }
 """Architectures that the engine does not run: the nearest one, and what is different from it."""

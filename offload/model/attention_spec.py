@@ -46,7 +46,8 @@ class Temperature:
 class AttentionSpec:
     """Attention as the KV cache sees it: `n_head_kv` heads of `n_embd_head` values, shared by `n_head` / `n_head_kv`
     query heads each. Values have `n_embd_head_v` per head, or with 0 as many as keys. With `n_indexed` the model's own
-    attention sees as many tokens, which an indexer selects; 0 is for all.
+    attention sees as many tokens, which an indexer selects; 0 is for all. If it `is_gated`, each head's query is
+    followed by as many values that gate the head's output.
     """
 
     n_head: int
@@ -56,6 +57,12 @@ class AttentionSpec:
     latent: LatentSpec | None = None
     temperature: Temperature | None = None
     n_indexed: int = 0
+    is_gated: bool = False
+
+    @property
+    def n_query_rows(self) -> int:
+        """Rows of the matrix that makes the queries of all heads, and their gates."""
+        return self.n_head * self.n_embd_head * (2 if self.is_gated else 1)
 
     @property
     def key_length(self) -> int:
@@ -93,14 +100,25 @@ def read_attention(keys: MetadataKeys, architecture: Architecture, n_embd: int) 
     if architecture.has_latent_attention:
         return _read_latent(keys, architecture)
     n_head = keys.count("attention.head_count")
-    n_head_kv = keys.count("attention.head_count_kv", n_head)
+    n_head_kv = _n_head_kv(keys, architecture, n_head)
     if n_head % n_head_kv:
         problem = f"{n_head} attention heads do not divide into groups for {n_head_kv} key heads."
         raise ModelFileError(keys.gguf.path, problem, AGAIN)
     n_embd_head = keys.count("attention.key_length", n_embd // n_head if n_embd % n_head == 0 else -1)
     if keys.count("attention.value_length", n_embd_head) != n_embd_head:
         raise UnsupportedModelError(keys.gguf.path, "keys and values of different length are not supported.")
-    return AttentionSpec(n_head, n_head_kv, n_embd_head)
+    return AttentionSpec(n_head, n_head_kv, n_embd_head, is_gated=architecture.gates_attention)
+
+
+def _n_head_kv(keys: MetadataKeys, architecture: Architecture, n_head: int) -> int:
+    """The key heads of layers that have some; those with a short convolution have none."""
+    name = "attention.head_count_kv"
+    if architecture.recurrence == "short_conv" and keys.is_array(name):
+        counts = set(keys.integers(name, keys.count("block_count"))) - {0}
+        if len(counts) != 1:
+            raise UnsupportedModelError(keys.gguf.path, f"{keys.prefix}{name} is different in layers with attention.")
+        return counts.pop()
+    return keys.count(name, n_head)
 
 
 def _read_latent(keys: MetadataKeys, architecture: Architecture) -> AttentionSpec:

@@ -30,6 +30,8 @@ class RopeSpec:
     yarn_log_multiplier: float = 0.0
     is_mscale_shared: bool = False
     window_freq_base: float = 0.0
+    sections: tuple[int, ...] = ()
+    """How many pairs turn by a token's place in time, by its row and by its column, which are the same in text."""
 
     def n_ctx_reached(self, n_ctx_train: int) -> int:
         """Tokens that the scaled rotation was made for, in a file whose context length is `n_ctx_train`.
@@ -134,6 +136,7 @@ def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, 
         yarn_log_multiplier=_log_multiplier(keys) if architecture.has_latent_attention else 0.0,
         is_mscale_shared=architecture.is_mscale_shared,
         window_freq_base=keys.number("rope.freq_base_swa") if keys.has("rope.freq_base_swa") else 0.0,
+        sections=keys.integers("rope.dimension_sections", 4) if keys.has("rope.dimension_sections") else (),
     )
 
 

@@ -16,6 +16,7 @@ from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA, variant_of
 from slimoe.offload.model.attention_spec import AttentionSpec, attention_metadata, read_attention
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
+from slimoe.offload.model.recurrent_spec import RecurrentSpec, read_recurrent, recurrent_metadata
 from slimoe.offload.model.rope import RopeSpec, read_rope
 
 NATIVE = "slimoe"
@@ -75,6 +76,7 @@ class ModelSpec:
     multipliers: Multipliers = NO_MULTIPLIERS
     n_layer_nextn: int = 0
     windowed: tuple[bool, ...] = ()
+    recurrent: RecurrentSpec | None = None
 
     @property
     def stored_architecture(self) -> str:
@@ -166,7 +168,20 @@ class ModelSpec:
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that have attention, and so keys and values."""
+        return tuple(layer for layer in self._mixing_layers if not self.is_recurrent(layer))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers that keep a state in place of keys and values."""
+        return tuple(layer for layer in self._mixing_layers if self.is_recurrent(layer))
+
+    @property
+    def _mixing_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer in range(self.n_layer) if self.layer_shape(layer).has_attention)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a recurrence in place of attention."""
+        return self.recurrent is not None and self.recurrent.layers[layer]
 
     @classmethod
     def from_gguf(cls, gguf: GGUFFile) -> "ModelSpec":
@@ -219,6 +234,7 @@ class ModelSpec:
             multipliers=_multipliers(keys) if architecture.has_multipliers else NO_MULTIPLIERS,
             n_layer_nextn=n_nextn,
             windowed=_windowed(keys, architecture, n_layer),
+            recurrent=read_recurrent(keys, architecture, n_embd, n_layer),
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -234,6 +250,8 @@ class ModelSpec:
             "rope.freq_base": self.rope.freq_base,
         }
         values |= attention_metadata(self.attention)
+        if self.recurrent:
+            values |= recurrent_metadata(self.recurrent, self.n_head_kv)
         if self.n_window:
             values["attention.sliding_window"] = self.n_window
         if self.windowed:
@@ -249,6 +267,8 @@ class ModelSpec:
             scales = self.multipliers
             values |= {"embedding_scale": scales.embedding, "residual_scale": scales.residual}
             values |= {"logit_scale": 1.0 / scales.logits, "attention.scale": self.attention_scale}
+        if self.rope.sections:
+            values["rope.dimension_sections"] = list(self.rope.sections)
         if self.rope.scaling != "none":
             values |= {"rope.scaling.type": self.rope.scaling, "rope.scaling.factor": self.rope.factor}
         if self.rope.scaling != "none" or self.rope.n_ctx_orig != self.n_ctx_train:

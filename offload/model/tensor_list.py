@@ -41,16 +41,17 @@ def _whole(spec: ModelSpec, *, is_output: bool) -> Iterator[ModelTensor]:
     for role in spec.architecture.tensors:
         if role.when == "model" and role.role.startswith("output") is is_output:
             ne = tuple(sizes[n] for n in role.ne)
-            yield ModelTensor(role.role, f"{role.role}.{role.suffix}", ne, is_optional=role.is_optional)
+            yield ModelTensor(role.role, role.name(), ne, is_optional=role.is_optional)
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     """The tensors of one layer."""
     shape = spec.layer_shape(layer)
     sizes = _sizes(spec) | {"n_expert": shape.n_expert, "n_ff": shape.n_ff}
-    latent = spec.attention.latent if shape.has_attention else None
+    latent, is_recurrent = spec.attention.latent if shape.has_attention else None, spec.is_recurrent(layer)
     has_part: dict[When, bool] = {
-        "attention": shape.has_attention,
+        "attention": shape.has_attention and not is_recurrent,
+        "recurrent": shape.has_attention and is_recurrent,
         "q": latent is not None and not latent.n_lora_q,
         "low_rank_q": latent is not None and latent.n_lora_q > 0,
         "absorbed": latent is not None and latent.is_absorbed,
@@ -63,8 +64,8 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     }
     for role in spec.architecture.tensors:
         if has_part.get(role.when):
-            name, ne = f"blk.{layer}.{role.role}.{role.suffix}", tuple(sizes[n] for n in role.ne)
-            yield ModelTensor(role.role, name, ne, layer, role.is_optional)
+            ne = tuple(sizes[n] for n in role.ne)
+            yield ModelTensor(role.role, role.name(f"blk.{layer}."), ne, layer, role.is_optional)
     if spec.n_expert_aux and shape.n_expert:
         for aux in (AUX_GAIN, AUX_SHIFT):
             yield ModelTensor(aux, f"blk.{layer}.{aux}.weight", (spec.n_embd, shape.n_expert), layer)
@@ -80,10 +81,21 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "n_expert": spec.n_expert,
         "n_embd_head": spec.n_embd_head,
         "n_q": spec.n_head * spec.n_embd_head,
+        "n_q_rows": spec.attention.n_query_rows,
         "n_kv": spec.n_head_kv * spec.n_embd_head,
         "n_head": spec.n_head,
         "n_rot_pairs": spec.rope.n_rot // 2,
     }
+    if recurrent := spec.recurrent:
+        sizes |= {
+            "n_conv": recurrent.n_conv,
+            "n_conv_channels": recurrent.n_channels,
+            "n_conv_inputs": 3 * spec.n_embd,
+            "n_state": recurrent.n_state,
+            "n_rank": recurrent.n_rank,
+            "n_rank_pairs": 2 * recurrent.n_rank,
+            "n_inner": recurrent.n_inner,
+        }
     if latent := spec.attention.latent:
         n_unrotated = latent.n_embd_head_k - spec.rope.n_rot
         sizes |= {

@@ -93,6 +93,29 @@ class LatentSources:
 
 
 @dataclass(frozen=True, slots=True)
+class RecurrentSources:
+    """What a recurrent layer has in place of attention.
+
+    `inputs` are multiplied with its input: the one matrix of a short convolution; a delta net's matrix of queries, keys
+    and values, the output's gate, and beta and alpha, in two matrices or one. `conv` [n_conv, n_channels] are the
+    convolution's taps, `output` makes the layer's output. Only a delta net has `decay` and `step_bias` [n_rank], and
+    a `norm` [n_state] of its output.
+    """
+
+    inputs: tuple[LinearSource, ...]
+    conv: WeightSource
+    output: LinearSource
+    decay: WeightSource | None = None
+    step_bias: WeightSource | None = None
+    norm: WeightSource | None = None
+
+    @property
+    def vectors(self) -> tuple[WeightSource, ...]:
+        """The taps, and what a delta net adds and multiplies."""
+        return tuple(one for one in (self.conv, self.decay, self.step_bias, self.norm) if one)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSources:
     """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
 
@@ -102,8 +125,9 @@ class LayerSources:
     softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
     weights. `aux` are the gains and shifts [n_embd, n_expert] of selected experts that are not computed, or none.
     `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
-    their products, each of which may be missing, or none. In a native file `buckets` has all experts; `gate_up` and
-    `down` are the best copies if these are one stack in the router's order, and otherwise absent.
+    their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. In a
+    native file `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the
+    router's order, and otherwise absent.
     """
 
     attn_norm: LinearSource | None
@@ -123,6 +147,7 @@ class LayerSources:
     expert_scales: tuple[WeightSource | None, ...] = ()
     latent: LatentSources | None = None
     aux: tuple[WeightSource, ...] = ()
+    recurrent: RecurrentSources | None = None
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
@@ -136,6 +161,7 @@ class LayerSources:
             self.choice_bias,
             self.shared.gate if self.shared else None,
             self.sinks,
+            *(self.recurrent.vectors if self.recurrent else ()),
             *self.expert_biases,
             *self.expert_scales,
             *self.aux,
@@ -144,10 +170,11 @@ class LayerSources:
 
     @property
     def matrices(self) -> tuple[LinearSource, ...]:
-        """Those that every token is multiplied with: of attention, and of the shared expert."""
+        """Those that every token is multiplied with: of attention or its place, and of the shared expert."""
         shared = (*self.shared.gate_up, self.shared.down) if self.shared else ()
         latent = self.latent.matrices if self.latent else ()
-        return (*self.qkv, *latent, *((self.attn_output,) if self.attn_output else ()), *shared)
+        recurrent = (*self.recurrent.inputs, self.recurrent.output) if self.recurrent else ()
+        return (*self.qkv, *latent, *((self.attn_output,) if self.attn_output else ()), *recurrent, *shared)
 
     @property
     def is_stacked(self) -> bool:

@@ -1,6 +1,6 @@
 """Finds the weights of a model in its file, and refuses what would go unread."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from gguf import GGMLQuantizationType
@@ -17,6 +17,7 @@ from slimoe.offload.model.tensors import (
     LayerSources,
     LinearSource,
     ModelSources,
+    RecurrentSources,
     SharedSources,
     Span,
     WeightSource,
@@ -105,11 +106,11 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 
     token_embd = reader.weight("token_embd.weight")
     has_output = "output.weight" in gguf.tensors
-    has_biased_norm = any(role.role == "output_norm" and role.suffix == "bias" for role in spec.architecture.tensors)
+    norms = {role.suffix: role.name() for role in spec.architecture.tensors if role.role == "output_norm"}
     sources = ModelSources(
         token_embd=token_embd,
         output_norm=LinearSource(
-            reader.weight("output_norm.weight"), reader.weight("output_norm.bias") if has_biased_norm else None
+            reader.weight(norms["weight"]), reader.weight(norms["bias"]) if "bias" in norms else None
         ),
         output=reader.linear("output") if has_output else LinearSource(token_embd),
         rope_freqs=divisors("rope_freqs"),
@@ -156,8 +157,9 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
     else:
         gate_up = _gate_up_experts(reader, spec, layer)
         down = reader.experts(layer, "ffn_down", spec.n_expert)
-    has_attention = "attn_norm" in names
+    has_attention = "attn_output" in names
     latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
+    recurrent = _recurrent(reader, names) if spec.is_recurrent(layer) and "attn_norm" in names else None
     shared: SharedSources | None = None
     if "ffn_down_shexp" in names:
         both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
@@ -177,6 +179,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         shared=shared,
         latent=latent,
         sinks=weight("attn_sinks"),
+        recurrent=recurrent,
         expert_biases=_expert_biases(reader, spec, layer, buckets),
         expert_scales=_expert_scales(reader, spec, layer, buckets, is_merged=len(gate_up) == 1),
         aux=tuple(reader.floats(names[role], tensors[role].ne) for role in (AUX_GAIN, AUX_SHIFT) if role in names),
@@ -190,6 +193,26 @@ def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> La
         return LatentSources(q, linear("attn_kv_b"), None)
     k, v = (replace(one, weight=replace(one.weight, is_batched=True)) for one in map(linear, ("attn_k_b", "attn_v_b")))
     return LatentSources(q, k, v)
+
+
+def _recurrent(reader: _Reader, names: Mapping[str, str]) -> RecurrentSources:
+    """A recurrent layer's weights by the names of their roles."""
+
+    def linear(role: str) -> LinearSource:
+        return LinearSource(reader.weight(names[role]))
+
+    if "shortconv.conv" in names:
+        conv = reader.weight(names["shortconv.conv"])
+        return RecurrentSources((linear("shortconv.in_proj"),), conv, linear("shortconv.out_proj"))
+    inputs = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
+    return RecurrentSources(
+        inputs=tuple(linear(role) for role in inputs if role in names),
+        conv=reader.weight(names["ssm_conv1d"]),
+        output=linear("ssm_out"),
+        decay=reader.weight(names["ssm_a"]),
+        step_bias=reader.weight(names["ssm_dt"]),
+        norm=reader.weight(names["ssm_norm"]),
+    )
 
 
 def _buckets(reader: _Reader, native: NativeLayer, layer: int) -> BucketSources:
@@ -246,8 +269,9 @@ def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ..
         return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
     fused = reader.linear(f"{block}.attn_qkv")
     parts, begin = [], 0
-    for name, n_head in (("attn_q", spec.n_head), ("attn_k", spec.n_head_kv), ("attn_v", spec.n_head_kv)):
-        end = begin + n_head * spec.n_embd_head
+    n_kv = spec.n_head_kv * spec.n_embd_head
+    for name, n_rows in (("attn_q", spec.attention.n_query_rows), ("attn_k", n_kv), ("attn_v", n_kv)):
+        end = begin + n_rows
         bias = rows_of(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
         parts.append(LinearSource(rows_of(fused.weight, f"{block}.{name}.weight", begin, end), bias))
         begin = end

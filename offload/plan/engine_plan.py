@@ -11,7 +11,7 @@ from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_byte
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.gguf.keys import MERGES, TOKENS
-from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type
+from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type, state_bytes, state_count
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
@@ -50,7 +50,8 @@ class EnginePlan:
     """Everything that is decided before the first weight is loaded; with a `shortfall` the model cannot be opened.
 
     `available` are the bytes of host memory for all our processes, of which those beside the engine's take `reserve`.
-    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests. `machine` is what it was made for.
+    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests, and `n_states` the sequences of which
+    recurrent layers keep something. `machine` is what it was made for.
     """
 
     gguf: GGUFFile
@@ -61,6 +62,7 @@ class EnginePlan:
     n_batch: int
     n_parallel: int
     n_threads: int
+    n_states: int
     weight_forms: WeightForms
     available: int
     reserve: int
@@ -186,7 +188,8 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
-    kv = kv_bytes(spec, n_cells, kv_type(context.kv_type))
+    n_states = state_count(spec, context.n_parallel)
+    kv = kv_bytes(spec, n_cells, kv_type(context.kv_type)) + n_states * state_bytes(spec)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
@@ -208,6 +211,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         n_batch=n_batch,
         n_parallel=context.n_parallel,
         n_threads=model.n_threads,
+        n_states=n_states,
         weight_forms=weight_forms,
         available=budget.ram,
         reserve=memory.reserve_bytes,
@@ -249,7 +253,8 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
     # A mode that goes by expert weights must see those of every layer, and so must a trace.
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
     kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
-    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, plan.n_cells, plan.n_batch, n_rows, may_be_whole)
+    sizes = plan.n_cells, plan.n_batch, n_rows, plan.n_states
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, *sizes, may_be_whole)
     if config.devices.is_automatic:
         plans, notes = plan_those_that_fit(needs, devices)
     else:

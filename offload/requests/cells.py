@@ -1,6 +1,10 @@
-"""Which cell of the KV cache holds which token: sequences that share what they have in common."""
+"""Which cell of the KV cache holds which token, and which state what recurrent layers keep of a sequence.
 
-from collections.abc import Iterable
+Sequences share what they have in common. A state cannot be cut as a row of cells can: it is of all tokens up to a
+place, and a sequence goes on only from a place of which it has one.
+"""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,18 +12,22 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.int32]
 Indices = NDArray[np.int64]
 
+NO_TOKENS = 0
+"""The state of a sequence without tokens."""
 _GROWTH = 256
 _MAX_REMEMBERED = 256
 """Each one is compared with every new prompt."""
 
 
 class Sequence:
-    """Tokens in order, and the cell of each one. Only `Cells` changes it."""
+    """Tokens in order, the cell of each one, and the states after some of them. Only `Cells` changes it."""
 
-    __slots__ = ("_cells", "_n", "_tokens")
+    __slots__ = ("_cells", "_kept", "_n", "_states", "_tokens")
 
     def __init__(self) -> None:
         self._n = 0
+        self._states: dict[int, int] = {}
+        self._kept: set[int] = set()
         self._tokens = np.empty(0, np.int32)
         self._cells = np.empty(0, np.int64)
 
@@ -35,6 +43,14 @@ class Sequence:
     def cells(self) -> Indices:
         """I64 [n], all different; a view that is valid until the sequence changes."""
         return self._cells[: self._n]
+
+    @property
+    def moves(self) -> tuple[tuple[int, int], ...]:
+        """The state before the tokens that were appended last, and the one after; none without recurrent layers."""
+        if not self._states:
+            return ()
+        *before, after = sorted(self._states)
+        return ((self._states[before[-1]] if before else NO_TOKENS, self._states[after]),)
 
     def _append(self, tokens: Tokens, cells: Indices) -> None:
         end = self._n + len(tokens)
@@ -56,14 +72,24 @@ class Cells:
     A cell keeps its token, and with it everything before that token, as long as anyone uses it, so that sequences that
     begin alike share the cells of their beginning. A sequence that is done is remembered, the latest ones longest,
     until its cells are needed. The lowest free cell goes first, so that a sequence alone lies in cells 0, 1, 2, ...
+
+    A model with recurrent layers has `n_states` states, 0 is for others; the first is that of no tokens. A sequence in
+    use needs two, so that a step that fails loses nothing. Those that it is told to keep are given up when there are no
+    others, those first whose loss costs least.
     """
 
-    def __init__(self, n_cells: int) -> None:
-        self.n_cells = n_cells
+    def __init__(self, n_cells: int, n_states: int = 0) -> None:
+        self.n_cells, self._n_states = n_cells, n_states
+        self._n_state_users = [0] * n_states
         self.n_users = np.zeros(n_cells, np.int32)
         """I32 [n_cells]: sequences in use or remembered that hold each cell; a cell is free at 0."""
         self._live: dict[Sequence, None] = {}
         self._remembered: dict[Sequence, None] = {}
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the model has recurrent layers."""
+        return self._n_states > 0
 
     @property
     def n_unused(self) -> int:
@@ -94,11 +120,22 @@ class Cells:
                 del self._remembered[oldest]
             cells = self._free(len(added))
         assert len(added) == len(cells), "more cells are in use than were promised"
+        if self._n_states:
+            self._drop_passed(sequence)
+            state = self._free_state()
         self.n_users[cells] = 1
         sequence._append(added, cells)
+        if self._n_states:
+            sequence._states[len(sequence)] = state
+            self._n_state_users[state] = 1
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keeps the state after the last token, where there are states: others may go on from there too."""
+        if sequence._states:
+            sequence._kept.add(len(sequence))
 
     def truncate(self, sequence: Sequence, n_kept: int) -> None:
-        """Forgets all but the first `n_kept` tokens; what others share stays theirs."""
+        """Forgets all but the first `n_kept` tokens, or with states a few more; what others share stays theirs."""
         assert sequence in self._live
         self._cut(sequence, n_kept)
 
@@ -108,7 +145,7 @@ class Cells:
         wanted = np.asarray(tokens, np.int32)
         known, n_known = sequence, len(sequence)
         for other in (*self._live, *self._remembered):
-            n_common = common_prefix(other.tokens, wanted)
+            n_common = self._usable(other, common_prefix(other.tokens, wanted))
             if n_common > n_known:
                 known, n_known = other, n_common
         if known is sequence:
@@ -119,19 +156,24 @@ class Cells:
         self.n_users[cells] += 1
         self._cut(sequence, 0)
         sequence._append(wanted[:n_known], cells)
+        self._share_states(known, sequence)
 
     def remember(self, sequence: Sequence) -> None:
         """Ends the use of a sequence, which stays known until its cells are needed."""
         del self._live[sequence]
         if not len(sequence):
             return
+        self._drop_passed(sequence)
+        self.keep(sequence)
         for other in list(self._remembered):
             n_common = common_prefix(sequence.tokens, other.tokens)
             if n_common == len(sequence):
+                self._share_states(sequence, other)
                 self._touch(other)
                 self._cut(sequence, 0)
                 return
             if n_common == len(other):
+                self._share_states(other, sequence)
                 self._forget(other)
         self._remembered[sequence] = None
         if len(self._remembered) > _MAX_REMEMBERED:
@@ -162,9 +204,75 @@ class Cells:
         self._remembered[sequence] = None
 
     def _cut(self, sequence: Sequence, n_kept: int) -> None:
-        """Shortens a sequence, which no longer uses the cells behind its first `n_kept` tokens."""
+        """Shortens a sequence, which no longer uses the cells behind its first `n_kept` tokens.
+
+        With states it also loses the tokens behind the last state that it still has.
+        """
+        n_kept = self._usable(sequence, min(n_kept, len(sequence)))
         self.n_users[sequence.cells[n_kept:]] -= 1
         sequence._cut(n_kept)
+        for place in [place for place in sequence._states if place > n_kept]:
+            self._drop_state(sequence, place)
+
+    # --- states --------------------------------------------------------------------------------------------
+
+    def _usable(self, sequence: Sequence, n_tokens: int) -> int:
+        """From which place at or before `n_tokens` a sequence can be gone on from."""
+        if not self._n_states:
+            return n_tokens
+        return max((place for place in sequence._states if place <= n_tokens), default=0)
+
+    def _share_states(self, known: Sequence, sequence: Sequence) -> None:
+        """Gives a sequence the states of another one, as far as their tokens are the same."""
+        for place, state in known._states.items():
+            if place <= len(sequence) and place not in sequence._states:
+                sequence._states[place] = state
+                self._n_state_users[state] += 1
+                sequence._kept.add(place)
+
+    def _drop_passed(self, sequence: Sequence) -> None:
+        """Gives up the states that nobody asked to keep, but the last one."""
+        for place in [place for place in sequence._states if place < len(sequence)]:
+            if place not in sequence._kept:
+                self._drop_state(sequence, place)
+
+    def _drop_state(self, sequence: Sequence, place: int) -> None:
+        self._n_state_users[sequence._states.pop(place)] -= 1
+        sequence._kept.discard(place)
+
+    def _free_state(self) -> int:
+        """The number of a state that nobody uses, for which sequences lose kept ones, the oldest first."""
+        for sequence, places in self._droppable():
+            while places and 0 not in self._n_state_users[NO_TOKENS + 1 :]:
+                self._drop_state(sequence, places.pop(0))
+                if not sequence._states and sequence in self._remembered:
+                    self._forget(sequence)
+        return self._n_state_users.index(0, NO_TOKENS + 1)
+
+    def _droppable(self) -> Iterator[tuple[Sequence, list[int]]]:
+        """Sequences and the places of states that they can lose: all, or of one in use those before its last."""
+        for sequence in list(self._remembered):
+            yield sequence, _by_loss(sorted(sequence._states), len(sequence))
+        for sequence in list(self._live):
+            kept = sorted(place for place in sequence._kept if place < len(sequence))
+            yield sequence, _by_loss(kept, len(sequence))
+
+
+def _by_loss(places: list[int], end: int) -> list[int]:
+    """Places of a sequence's states in the order in which to give them up.
+
+    Who edits a text leaves it the more likely the nearer its end, and then goes on from the state before. So the loss
+    is the tokens that are read again without a state, times the chance that someone leaves between it and the next.
+    """
+    order, left = list[int](), list(places)
+    while left:
+        bounds = [0, *left, end]
+        losses = [
+            (place - bounds[index]) * (bounds[index + 2] - place + 1) / (end - place + 1)
+            for index, place in enumerate(left)
+        ]
+        order.append(left.pop(int(np.argmin(losses))))
+    return order
 
 
 def common_prefix(ours: Tokens, theirs: Tokens) -> int:

@@ -3,6 +3,9 @@
 A step decodes one token of every request that is writing, and reads a part of one prompt that is not yet read; the
 parts are small while others write, and waiting prompts take turns. So nobody who writes waits for longer than a small
 part of a prompt takes, and no prompt waits behind a long one.
+
+Where layers are recurrent, all sequences of a step read equally many tokens: steps that decode and steps that read a
+prompt take turns. A prompt's parts end where others may go on from: behind each part, and a little before its end.
 """
 
 from collections import deque
@@ -19,6 +22,11 @@ from slimoe.offload.text.generation import Failed, Outcome
 
 Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
 
+_STATE_STEP = 32
+"""Of a prompt the state is kept that it has at a multiple of so many tokens, the last before its end: what is asked
+next often differs in the last tokens of it, which close the question and open the answer."""
+_LEAST_BEHIND = 8
+"""And so many tokens before its end at least."""
 _PROMPT_SHARE = 4
 """While other requests write, a step reads a quarter of a batch of a prompt: they wait little, and it is not much
 slower."""
@@ -45,6 +53,7 @@ class Scheduler:
         self._n_parallel, self._n_batch = n_parallel, n_batch
         self._waiting: deque[Generator] = deque()
         self._active: list[Generator] = []
+        self._has_decoded = False
         self._borrowers: set[Generator] = set()
 
     @property
@@ -104,20 +113,35 @@ class Scheduler:
                 job.has_company = True
 
     def _choose(self) -> list[_Part]:
-        """The next part of one prompt, and the last token of everyone who is writing."""
+        """The next part of one prompt, and the last token of everyone who is writing; with states only one of both."""
         writing = [job for job in self._active if not job.is_reading]
         parts = [_part(job, 1) for job in writing]
         reading = next((job for job in self._active if job.is_reading), None)
         if reading is None:
             return parts
+        if self._cells.has_states:
+            self._has_decoded = bool(writing) and not self._has_decoded
+            if self._has_decoded:
+                return parts
+            parts = []
         self._active.remove(reading)
         self._active.append(reading)
         # What others have read of the same prompt, also since this one began, is taken over.
         assert reading.sequence is not None
         self._cells.adopt(reading.sequence, reading.shareable)
         reading.skip(len(reading.sequence))
-        room = self._n_batch - len(writing)
-        return [_part(reading, min(room, max(1, self._n_batch // _PROMPT_SHARE)) if writing else room), *parts]
+        room = self._n_batch - len(parts)
+        if writing:
+            room = min(room, max(1, self._n_batch // _PROMPT_SHARE))
+        if self._cells.has_states:
+            room = min(room, self._n_to_state(reading) or room)
+        return [_part(reading, room), *parts]
+
+    def _n_to_state(self, reading: Generator) -> int:
+        """Tokens up to the last place before a prompt's end where its state is kept; 0 behind that."""
+        assert reading.sequence is not None
+        last = max(0, len(reading.shareable) - _LEAST_BEHIND) // _STATE_STEP * _STATE_STEP
+        return max(0, last - len(reading.sequence))
 
     # --- what comes of it ----------------------------------------------------------------------------------
 
@@ -126,7 +150,8 @@ class Scheduler:
         for part in parts:
             self._cells.append(part.sequence, part.tokens)
         n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
-        batch = make_batch([(part.tokens, part.sequence.cells) for part in parts], max(1, sum(n_rows)))
+        moves = [move for part in parts for move in part.sequence.moves]
+        batch = make_batch([(part.tokens, part.sequence.cells) for part in parts], max(1, sum(n_rows)), moves)
         # Only a request alone may stop a step half-way, and only in its prompt: one token is over soon enough.
         may_stop = len(parts) == 1 and parts[0].job.is_reading
         try:
@@ -152,6 +177,8 @@ class Scheduler:
     def _take(self, part: _Part, logits: Logits) -> list[Outcome]:
         job = part.job
         try:
+            if job.is_reading:
+                self._cells.keep(part.sequence)
             events = job.take(len(part.tokens), logits)
         except Exception as error:
             return [self._fail(job, error)]

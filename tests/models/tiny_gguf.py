@@ -157,7 +157,7 @@ class Family:
     norm_of: str = "nothing"
     width_key: str = "feed_forward_length"
     has_output: bool = True
-    keys: dict[str, int | float | bool | str] = field(default_factory=dict)
+    keys: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)
     tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     whole: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     n_dense: int = 0
@@ -165,6 +165,10 @@ class Family:
     is_fused: bool = False
     latent: LatentShape | None = None
     arch: str = ""
+    recurrent: tuple[int, ...] = ()
+    """Layers that have `recurrent_tensors` in place of attention."""
+    recurrent_tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
+    is_gated: bool = False
 
 
 def _shared(width: int) -> dict[str, tuple[str | int, ...]]:
@@ -193,6 +197,26 @@ _INDEXER: dict[str, tuple[str | int, ...]] = {
     "indexer.attn_k.weight": (64, "n_embd"),
     "indexer.attn_q_b.weight": (128, 256),
 }
+_DELTA_KEYS: dict[str, int | float | bool | str | list[int]] = {
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 256,
+    "ssm.state_size": 64,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+    "full_attention_interval": 3,
+    "rope.dimension_count": 32,
+    "expert_shared_feed_forward_length": 256,
+}
+_DELTA_NET: dict[str, tuple[str | int, ...]] = {
+    "attn_qkv.weight": (512, "n_embd"),
+    "attn_gate.weight": (256, "n_embd"),
+    "ssm_conv1d.weight": (512, 4),
+    "ssm_dt.bias": (4,),
+    "ssm_a": (4,),
+    "ssm_norm.weight": (64,),
+    "ssm_out.weight": ("n_embd", 256),
+}
+_GATED_SHARED: dict[str, tuple[str | int, ...]] = _shared(256) | {"ffn_gate_inp_shexp.weight": ("n_embd",)}
 FAMILIES = {
     "llama": Family(),
     "qwen2moe": Family(
@@ -391,6 +415,47 @@ FAMILIES = {
         },
         ffn_norm="post_attention_norm",
     ),
+    "qwen3next": Family(
+        "head",
+        "expert_feed_forward_length",
+        keys=_DELTA_KEYS,
+        tensors=_GATED_SHARED,
+        ffn_norm="post_attention_norm",
+        recurrent=(0, 1, 3),
+        recurrent_tensors=_DELTA_NET | {"ssm_ba.weight": (8, "n_embd")},
+        is_gated=True,
+    ),
+    "qwen35moe": Family(
+        "head",
+        "expert_feed_forward_length",
+        has_output=False,
+        keys=_DELTA_KEYS | {"rope.dimension_sections": [6, 5, 5, 0]},
+        tensors=_GATED_SHARED,
+        ffn_norm="post_attention_norm",
+        recurrent=(0, 1, 3),
+        recurrent_tensors=_DELTA_NET | {"ssm_beta.weight": (4, "n_embd"), "ssm_alpha.weight": (4, "n_embd")},
+        is_gated=True,
+    ),
+    "lfm2moe": Family(
+        "head",
+        "expert_feed_forward_length",
+        has_output=False,
+        keys={
+            "leading_dense_block_count": 1,
+            "expert_gating_func": 2,
+            "shortconv.l_cache": 3,
+            "attention.head_count_kv": [0, 2, 0, 2],
+        },
+        tensors=_CHOICE,
+        n_dense=1,
+        recurrent=(0, 2),
+        recurrent_tensors={
+            "shortconv.in_proj.weight": (768, "n_embd"),
+            "shortconv.conv.weight": ("n_embd", 3),
+            "shortconv.out_proj.weight": ("n_embd", "n_embd"),
+        },
+        whole={"token_embd_norm.weight": ("n_embd",)},
+    ),
 }
 
 
@@ -429,7 +494,8 @@ def write_family(
     if family.latent:
         _add_latent_keys(writer, family.latent, shape.n_head)
     else:
-        writer.add_head_count_kv(shape.n_head_kv)
+        if "attention.head_count_kv" not in family.keys:
+            writer.add_head_count_kv(shape.n_head_kv)
         writer.add_key_length(shape.n_embd_head)
         writer.add_value_length(shape.n_embd_head)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -439,6 +505,7 @@ def write_family(
     writer.add_vocab_size(shape.n_vocab)
     for key, value in family.keys.items():
         kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[list] = writer.add_array
         kinds[type(value)](f"{arch}.{key}", value)
     if words:
         _add_byte_level(writer, words, shape.n_vocab)
@@ -448,6 +515,10 @@ def write_family(
     for tensor, dims in _family_tensors(family, shape).items():
         if tensor.endswith(".bias"):
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 4)
+        elif tensor.endswith("ssm_a"):
+            writer.add_tensor(tensor, -np.exp(rng.standard_normal(dims, dtype=np.float32) - 1))
+        elif "conv" in tensor and dims[-1] < 8:
+            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 2)
         elif len(dims) == 1:
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 8 + 1)
         elif "ffn_gate_inp" in tensor:
@@ -517,19 +588,21 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     d, n_ff = shape.n_embd, shape.n_ff
     n_q, n_kv = shape.n_head * shape.n_embd_head, shape.n_head_kv * shape.n_embd_head
     norms = {"head": (shape.n_embd_head, shape.n_embd_head), "row": (n_q, n_kv)}.get(family.norm_of)
-    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.n_vocab, d), "output_norm.weight": (d,)}
+    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (shape.n_vocab, d)}
+    if "token_embd_norm.weight" not in family.whole:
+        tensors["output_norm.weight"] = (d,)
     if family.has_output:
         tensors["output.weight"] = (shape.n_vocab, d)
     sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv, "n_ff": n_ff, "n_head": shape.n_head}
     sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2}
-    extra, whole = (
+    extra, whole, recurrent = (
         {name: tuple(sizes[size] if isinstance(size, str) else size for size in dims) for name, dims in named.items()}
-        for named in (family.tensors, family.whole)
+        for named in (family.tensors, family.whole, family.recurrent_tensors)
     )
     tensors |= whole
     attention = {
         "attn_norm": (d,),
-        "attn_q": (n_q, d),
+        "attn_q": (2 * n_q if family.is_gated else n_q, d),
         "attn_k": (n_kv, d),
         "attn_v": (n_kv, d),
         "attn_output": (d, n_q),
@@ -551,7 +624,11 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     }
     for n in range(shape.n_layer):
         is_dense = n < family.n_dense
-        layer = attention | (dense if is_dense else experts)
+        is_recurrent = n in family.recurrent
+        mixer = {"attn_norm": (d,), family.ffn_norm: (d,)} if is_recurrent else attention
+        layer = mixer | (dense if is_dense else experts)
+        if is_recurrent:
+            tensors |= {f"blk.{n}.{name}": dims for name, dims in recurrent.items()}
         tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in layer.items()}
         of_ffn = ("ffn_", "exp_probs_b")
         tensors |= {

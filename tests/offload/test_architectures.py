@@ -40,6 +40,9 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "bailingmoe2": FineShape(n_embd_head=64, n_expert=16),
     # llama.cpp takes queries for one matrix where a model has as many layers as DeepSeek-V2-Lite or a few others.
     "deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2),
+    "qwen3next": FineShape(n_layer=4, n_expert=16),
+    "qwen35moe": FineShape(n_layer=4, n_expert=16),
+    "lfm2moe": FineShape(n_layer=4, n_embd_head=64, n_expert=16),
     "gpt-oss": FineShape(n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=16, n_expert_used=4),
 }
 FINE = ("qwen3moe", "olmoe")

@@ -1,0 +1,148 @@
+"""Layers that keep a state of fixed size of what they have read, in llama.cpp's order: short convolutions, delta nets.
+
+A state is two tensors, the last inputs of a convolution and a delta net's matrices, each in rows of `n_parts` a state.
+A step reads the states that its sequences had, and writes others, so that those from before it stay as they are.
+"""
+
+from dataclasses import dataclass
+
+from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.graph.attention import StepInputs, StepShape
+from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.linear import add_linear, add_rms_norm
+from slimoe.offload.graph.weights import LayerWeights, RecurrentWeights
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
+from slimoe.offload.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentBuilder:
+    """Adds recurrent layers to the graph of a step; the tokens of each sequence are neighbours, in order."""
+
+    ctx: int
+    graph: int
+    spec: ModelSpec
+    recurrent: RecurrentSpec
+    cache: KVCache
+    shape: StepShape
+    inputs: StepInputs
+
+    def add(self, index: int, layer: LayerWeights, hidden: int) -> int:
+        """The output of layer `index`, [n_embd, n_tokens], for its normalised input."""
+        assert layer.recurrent is not None
+        add = self._add_short_conv if self.recurrent.kind == "short_conv" else self._add_delta_net
+        return add(index, layer.recurrent, hidden)
+
+    @property
+    def _n_tokens(self) -> int:
+        """Tokens of each sequence."""
+        return self.shape.n_tokens // self.shape.n_runs
+
+    def _read(self, states: int) -> int:
+        """The states that the sequences had, one behind the other."""
+        return int(ggml.ggml_get_rows(self.ctx, states, self.inputs.states_from))
+
+    def _write(self, states: int, values: int) -> None:
+        """Writes the states that the sequences have after the step."""
+        width, n_rows = ggml.tensor_at(states).ne[0], self.shape.n_runs * self.recurrent.n_parts
+        rows = ggml.ggml_reshape_2d(self.ctx, values, width, n_rows)
+        stored = ggml.ggml_set_rows(self.ctx, states, rows, self.inputs.states_to)
+        ggml.ggml_build_forward_expand(self.graph, stored)
+
+    def _with_past(self, index: int, columns: int) -> int:
+        """The convolution's inputs [n_kept + n_tokens, n_channels, n_runs], of which it keeps the last.
+
+        `columns` are those of this step, [n_channels, n_tokens, n_runs].
+        """
+        ctx, n_kept, n_channels = self.ctx, self.recurrent.n_conv - 1, self.recurrent.n_channels
+        states, n_runs = self.cache.convs[index], self.shape.n_runs
+        past = ggml.ggml_reshape_3d(ctx, self._read(states), n_kept, n_channels, n_runs)
+        every = ggml.ggml_concat(ctx, past, ggml.ggml_transpose(ctx, columns), 0)
+        strides, n_bytes = ggml.tensor_at(every).nb, 4 * self._n_tokens
+        last = ggml.ggml_view_3d(ctx, every, n_kept, n_channels, n_runs, strides[1], strides[2], n_bytes)
+        self._write(states, ggml.ggml_cont(ctx, last))
+        return int(every)
+
+    def _add_short_conv(self, index: int, weights: RecurrentWeights, hidden: int) -> int:
+        ctx, width, shape = self.ctx, self.spec.n_embd, (self._n_tokens, self.shape.n_runs)
+        both = add_linear(ctx, weights.inputs[0], ggml.ggml_reshape_3d(ctx, hidden, width, *shape))
+        strides = ggml.tensor_at(both).nb[1:3]
+        before, after, values = (
+            ggml.ggml_view_3d(ctx, both, width, *shape, *strides, 4 * width * part) for part in range(3)
+        )
+        inputs = self._with_past(index, ggml.ggml_mul(ctx, before, values))
+        gated = ggml.ggml_mul(ctx, after, ggml.ggml_ssm_conv(ctx, inputs, weights.conv))
+        output = add_linear(ctx, weights.output, gated)
+        return int(ggml.ggml_reshape_2d(ctx, output, width, self.shape.n_tokens))
+
+    def _add_delta_net(self, index: int, weights: RecurrentWeights, hidden: int) -> int:
+        ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
+        columns = add_linear(ctx, weights.inputs[0], hidden)
+        columns = int(ggml.ggml_reshape_3d(ctx, columns, of.n_channels, n_tokens, n_runs))
+        gate = add_linear(ctx, weights.inputs[1], hidden)
+        beta, alpha = self._beta_and_alpha(weights, hidden)
+        softplus = ggml.ggml_softplus(ctx, ggml.ggml_add(ctx, alpha, weights.step_bias))
+        decay = ggml.ggml_reshape_4d(ctx, ggml.ggml_mul(ctx, softplus, weights.decay), 1, of.n_rank, n_tokens, n_runs)
+        mixed = ggml.ggml_silu(ctx, ggml.ggml_ssm_conv(ctx, self._with_past(index, columns), weights.conv))
+        parts = self._queries_keys_values(int(mixed))
+        states = self.cache.matrices[index]
+        before = ggml.ggml_reshape_4d(ctx, self._read(states), of.n_state, of.n_state, of.n_rank, n_runs)
+        result = ggml.ggml_gated_delta_net(ctx, *parts, decay, beta, before, 1)
+        n_bytes, n_values = 4 * of.n_state, n_tokens * n_runs
+        strides = (n_bytes, n_bytes * of.n_rank, n_bytes * of.n_rank * n_tokens)
+        output = ggml.ggml_view_4d(ctx, result, of.n_state, of.n_rank, n_tokens, n_runs, *strides, 0)
+        after = ggml.ggml_view_1d(ctx, result, of.n_matrix_kept * n_runs, n_bytes * of.n_rank * n_values)
+        self._write(states, after)
+        gate = int(ggml.ggml_reshape_4d(ctx, gate, of.n_state, of.n_rank, n_tokens, n_runs))
+        normed = add_rms_norm(ctx, int(output), weights.norm, self.spec.rms_eps)
+        gated = ggml.ggml_mul(ctx, normed, ggml.ggml_silu(ctx, gate))
+        return add_linear(ctx, weights.output, int(ggml.ggml_reshape_2d(ctx, gated, of.n_inner, self.shape.n_tokens)))
+
+    def _beta_and_alpha(self, weights: RecurrentWeights, hidden: int) -> tuple[int, int]:
+        """How much of a value is taken in [1, n_rank, n_tokens, n_runs], and what decay depends on [n_rank, ...]."""
+        ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
+        if not self.spec.architecture.groups_heads:
+            beta, alpha = (add_linear(ctx, one, hidden) for one in weights.inputs[2:])
+        else:
+            each = of.n_rank // of.n_group
+            both = add_linear(ctx, weights.inputs[2], hidden)
+            both = int(ggml.ggml_reshape_4d(ctx, both, 2 * each, of.n_group, n_tokens, n_runs))
+            shape, strides = (each, of.n_group, n_tokens, n_runs), ggml.tensor_at(both).nb[1:4]
+            beta, alpha = (
+                int(ggml.ggml_cont(ctx, ggml.ggml_view_4d(ctx, both, *shape, *strides, 4 * each * part)))
+                for part in range(2)
+            )
+        beta = int(ggml.ggml_reshape_4d(ctx, beta, 1, of.n_rank, n_tokens, n_runs))
+        return int(ggml.ggml_sigmoid(ctx, beta)), int(ggml.ggml_reshape_3d(ctx, alpha, of.n_rank, n_tokens, n_runs))
+
+    def _queries_keys_values(self, mixed: int) -> tuple[int, int, int]:
+        """Queries and keys of length 1 [n_state, n_group, ...], and values [n_state, n_rank, n_tokens, n_runs].
+
+        Where value heads of one key head are neighbours, queries and keys are repeated for each of them: the operation
+        itself gives value head i the key head i modulo their number.
+        """
+        ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
+        row = 4 * of.n_state
+        strides = row, 4 * of.n_channels, 4 * of.n_channels * n_tokens
+        counts, parts, begin = (of.n_group, of.n_group, of.n_rank), list[int](), 0
+        for count in counts:
+            parts.append(int(ggml.ggml_view_4d(ctx, mixed, of.n_state, count, n_tokens, n_runs, *strides, begin)))
+            begin += row * count
+        query, key, value = parts
+        query, key = self._unit(query), self._unit(key)
+        if self.spec.architecture.groups_heads and of.n_group != of.n_rank:
+            query, key = self._repeated(query), self._repeated(key)
+        return query, key, value
+
+    def _unit(self, heads: int) -> int:
+        """Heads scaled to length 1, by way of their mean square, as llama.cpp does."""
+        n_state = self.recurrent.n_state
+        normed = ggml.ggml_rms_norm(self.ctx, heads, self.spec.rms_eps / n_state)
+        return int(ggml.ggml_scale(self.ctx, normed, 1.0 / n_state**0.5))
+
+    def _repeated(self, heads: int) -> int:
+        """Each key head as often as there are value heads of it, one behind the other."""
+        ctx, of, n = self.ctx, self.recurrent, self.shape.n_tokens
+        apart = ggml.ggml_reshape_4d(ctx, heads, of.n_state, 1, of.n_group, n)
+        each = ggml.ggml_repeat_4d(ctx, apart, of.n_state, of.n_rank // of.n_group, of.n_group, n)
+        return int(ggml.ggml_reshape_4d(ctx, each, of.n_state, of.n_rank, self._n_tokens, self.shape.n_runs))

@@ -1,0 +1,192 @@
+"""Models with recurrent layers answer several requests at once, and go on from what they have read, as others do."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimoe.offload.engine import Engine
+from slimoe.offload.text.generation import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    PromptProgress,
+    SamplingParams,
+    TokenStep,
+)
+from tests.models.configs import engine_config
+from tests.models.tiered import tiered_engine
+from tests.models.tiny_gguf import FineShape, write_family
+
+FAMILIES = ("qwen3next", "qwen35moe", "lfm2moe")
+SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
+draw = random.Random(3)
+SYSTEM = tuple(draw.randrange(300) for _ in range(100))
+QUESTIONS = [tuple(draw.randrange(300) for _ in range(n)) for n in (1, 9, 30, 70)]
+N_BATCH = 48
+STEP = 32
+"""A state is kept at a multiple of so many tokens."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("recurrent") / "m.gguf", request.param, shape=SHAPE)
+
+
+def open_engine(model: Path, **changed: Any) -> Engine:
+    options: dict[str, Any] = {"n_ctx": 300, "n_batch": N_BATCH, "n_parallel": 3, "n_threads": 1, "kv_type": "f32"}
+    return Engine.open(engine_config(model, **options | changed))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    with closing(open_engine(model)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Iterator[Engine]:
+    with closing(open_engine(model, n_parallel=1)) as engine:
+        yield engine
+
+
+def greedy(prompt: tuple[int, ...], n: int = 6) -> GenerationRequest:
+    return GenerationRequest(prompt, n, SamplingParams(temperature=0.0), ignore_eos=True)
+
+
+def anew(engine: Engine, prompt: tuple[int, ...], n: int = 6) -> list[int]:
+    """The answer of an engine that goes on from nothing."""
+    engine.truncate(0)
+    return tokens_of(list(engine.generate(greedy(prompt, n))))
+
+
+def together(engine: Engine, prompts: list[tuple[int, ...]], n: int = 6) -> list[list[Event]]:
+    ids = [engine.submit(greedy(prompt, n)) for prompt in prompts]
+    told = defaultdict[int, list[Event]](list)
+    while not engine.is_idle:
+        for id, event in engine.step():
+            assert not isinstance(event, Failed), event.error
+            told[id].append(event)
+    return [told[id] for id in ids]
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [event.token for event in events if isinstance(event, TokenStep)]
+
+
+def n_read(events: list[Event]) -> int:
+    """How many tokens of the prompt were computed, by what the engine says of each step."""
+    [cached] = {event.n_cached for event in events if isinstance(event, PromptProgress)}
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert finished.timings.cached_n == cached
+    return finished.timings.prompt_n
+
+
+def watched(engine: Engine, prompt: tuple[int, ...]) -> tuple[list[Event], int]:
+    """The events of one request, and how many tokens the graphs really computed for its prompt and answer."""
+    before = engine.snapshot().work.total
+    [events] = together(engine, [prompt])
+    after = engine.snapshot().work.total
+    return events, after.n_prompt + after.n_predicted - before.n_prompt - before.n_predicted
+
+
+def test_answers_at_once_are_those_of_each_alone(engine: Engine, alone: Engine) -> None:
+    prompts = [(*SYSTEM[:20], *question) for question in QUESTIONS] + [QUESTIONS[3], (5,)]
+    for events, prompt in zip(together(engine, prompts), prompts, strict=True):
+        assert tokens_of(events) == anew(alone, prompt)
+
+
+def test_the_same_question_again_reads_its_end_only(model: Path, alone: Engine) -> None:
+    prompt = (*SYSTEM, *QUESTIONS[2])
+    with closing(open_engine(model)) as engine:
+        _, n_first = watched(engine, prompt)
+        events, n_computed = watched(engine, prompt)
+    assert n_first == len(prompt) + 5
+    assert n_computed == n_read(events) + 5
+    assert n_read(events) <= STEP + 8
+    assert tokens_of(events) == anew(alone, prompt)
+
+
+def test_a_conversation_goes_on_from_its_last_answer(model: Path, alone: Engine) -> None:
+    with closing(open_engine(model)) as engine:
+        first = watched(engine, (*SYSTEM, *QUESTIONS[1]))[0]
+        following = (*SYSTEM, *QUESTIONS[1], *tokens_of(first), *QUESTIONS[2])
+        events, _ = watched(engine, following)
+    # The last token of an answer is drawn, and not read.
+    assert n_read(events) == len(QUESTIONS[2]) + 1
+    assert tokens_of(events) == anew(alone, following)
+
+
+def test_an_edited_question_goes_on_from_the_last_state_before_it(model: Path, alone: Engine) -> None:
+    edited = (*SYSTEM, *QUESTIONS[1], *QUESTIONS[3])
+    with closing(open_engine(model)) as engine:
+        watched(engine, (*SYSTEM, *QUESTIONS[2]))
+        events, n_computed = watched(engine, edited)
+    assert len(edited) - len(SYSTEM) <= n_read(events) <= len(edited) - len(SYSTEM) + N_BATCH
+    assert n_computed == n_read(events) + 5
+    assert tokens_of(events) == anew(alone, edited)
+
+
+def test_a_cancelled_prompt_goes_on_where_it_stopped(model: Path, alone: Engine) -> None:
+    prompt = (*SYSTEM, *QUESTIONS[3])
+    with closing(open_engine(model)) as opened:
+
+        def is_cancelled() -> bool:
+            return opened.snapshot().work.total.n_prompt > 2 * N_BATCH
+
+        opened.submit(greedy(prompt), is_cancelled)
+        while not opened.is_idle:
+            opened.step()
+        assert opened.snapshot().work.total.n_prompt < len(prompt)
+        [events] = together(opened, [prompt])
+    assert n_read(events) <= len(prompt) - 2 * N_BATCH
+    assert tokens_of(events) == anew(alone, prompt)
+
+
+def test_a_step_that_fails_loses_nothing(model: Path, alone: Engine) -> None:
+    prompt = (*SYSTEM, *QUESTIONS[1])
+    with closing(open_engine(model, n_parallel=1)) as engine:
+        engine.prefill(prompt)
+        expected = engine.decode(7).copy()
+        engine.truncate(0)
+        engine.prefill(prompt)
+        with pytest.raises(Exception, match=r".*"):
+            engine.read(QUESTIONS[0] * 3, is_cancelled=lambda: True)
+        assert engine.n_past == len(prompt)
+        np.testing.assert_array_equal(engine.decode(7), expected)
+
+
+def test_more_conversations_than_states(model: Path, alone: Engine) -> None:
+    prompts = [(*SYSTEM[: 10 * n], *QUESTIONS[n % 4]) for n in range(10)]
+    expected = [anew(alone, prompt) for prompt in prompts]
+    with closing(open_engine(model, n_parallel=2)) as engine:
+        for _ in range(2):
+            assert [tokens_of(events) for events in together(engine, prompts)] == expected
+
+
+def test_in_tiers_too(model: Path, alone: Engine) -> None:
+    prompts = [(*SYSTEM, *question) for question in QUESTIONS]
+    expected = [anew(alone, prompt) for prompt in prompts]
+    options: dict[str, Any] = {"n_ctx": 300, "n_batch": N_BATCH, "n_parallel": 3, "n_threads": 1, "kv_type": "f32"}
+    with closing(tiered_engine(engine_config(model, **options), 0.5)) as engine:
+        assert [tokens_of(events) for events in together(engine, prompts)] == expected
+        events, _ = watched(engine, prompts[2])
+        assert n_read(events) <= STEP + 8
+        assert tokens_of(events) == expected[2]
+
+
+def test_cutting_falls_back_to_a_place_that_has_a_state(model: Path) -> None:
+    with closing(open_engine(model, n_parallel=1)) as engine:
+        engine.prefill(SYSTEM)
+        engine.decode(3)
+        engine.truncate(len(SYSTEM))
+        assert engine.n_past == len(SYSTEM)
+        engine.truncate(5)
+        assert engine.n_past == 0
