@@ -65,10 +65,12 @@ def _with_attention(spec: ModelSpec, layers: Collection[int] | None) -> list[int
 
 
 class KVTensors(Protocol):
-    """The tensors of keys and values of each layer that has some, such as those of a `KVCache`."""
+    """The tensors of what each layer keeps of tokens, such as those of a `KVCache`."""
 
     keys: dict[int, int]
     values: dict[int, int]
+    convs: dict[int, int]
+    matrices: dict[int, int]
 
 
 class KVCache:

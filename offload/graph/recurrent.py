@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
-from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.linear import add_linear, add_rms_norm
 from slimoe.offload.graph.weights import LayerWeights, RecurrentWeights
 from slimoe.offload.model.recurrent_spec import RecurrentSpec
@@ -23,7 +23,7 @@ class RecurrentBuilder:
     graph: int
     spec: ModelSpec
     recurrent: RecurrentSpec
-    cache: KVCache
+    cache: KVTensors
     shape: StepShape
     inputs: StepInputs
 

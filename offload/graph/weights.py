@@ -274,6 +274,16 @@ class WeightStore:
             self._ctx = 0
 
 
+def _recurrent_weights(source: RecurrentSources, weight: Callable[[WeightSource | None], int]) -> RecurrentWeights:
+    """A recurrent layer's tensors, by `weight`, which makes one ready."""
+    return RecurrentWeights(
+        tuple(Linear(weight(part.weight)) for part in source.inputs),
+        weight(source.conv),
+        Linear(weight(source.output.weight)),
+        *(weight(part) for part in (source.decay, source.step_bias, source.norm)),
+    )
+
+
 class Tensors(Protocol):
     """Gives each weight its tensor, such as a `WeightStore`."""
 
@@ -320,19 +330,8 @@ def load_weights(
         return SharedWeights(tuple(linear(part) for part in source.gate_up), linear(source.down), weight(source.gate))
 
     def latent(source: LatentSources | None) -> LatentWeights | None:
-        if source is None:
-            return None
-        return LatentWeights(*(optional(part) or Linear(0) for part in (source.q, source.k, source.v)))
-
-    def recurrent(source: RecurrentSources | None) -> RecurrentWeights | None:
-        if source is None:
-            return None
-        return RecurrentWeights(
-            tuple(linear(part) for part in source.inputs),
-            weight(source.conv),
-            linear(source.output),
-            *(weight(part) for part in (source.decay, source.step_bias, source.norm)),
-        )
+        parts = (source.q, source.k, source.v) if source else ()
+        return LatentWeights(*(optional(part) or Linear(0) for part in parts)) if parts else None
 
     def layer(source: LayerSources) -> LayerWeights:
         return LayerWeights(
@@ -352,7 +351,7 @@ def load_weights(
             expert_scales=tuple(weight(scale) for scale in source.expert_scales),
             latent=latent(source.latent),
             aux=tuple(weight(vectors) for vectors in source.aux),
-            recurrent=recurrent(source.recurrent),
+            recurrent=_recurrent_weights(source.recurrent, weight) if source.recurrent else None,
         )
 
     if token_embd is None:

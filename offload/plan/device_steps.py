@@ -29,12 +29,15 @@ _ATTENTION = "FLASH_ATTN_EXT"
 
 @dataclass(frozen=True, slots=True)
 class StepNeeds:
-    """The largest step of a model: the type and number of the KV cache's cells, its tokens and its rows of logits."""
+    """The largest step of a model: the type and number of the KV cache's cells, its tokens and its rows of logits, and
+    the number of recurrent layers' states.
+    """
 
     kv_type: GGMLQuantizationType
     n_cells: int
     n_batch: int
     n_rows: int
+    n_states: int = 0
 
 
 def not_computed(device: Device, spec: ModelSpec, sources: ModelSources, step: StepNeeds) -> str:
@@ -44,7 +47,9 @@ def not_computed(device: Device, spec: ModelSpec, sources: ModelSources, step: S
     for index, layer in enumerate(sources.layers):
         kinds.setdefault((_shapes(layer), spec.window(index), spec.layer_shape(index)), index)
     with _Shapes(spec, sources, tuple(kinds.values()), step) as shapes:
-        for shape in (StepShape(step.n_batch, step.n_cells, step.n_rows), StepShape(1, step.n_cells, 1)):
+        n_runs = 1 if spec.recurrent else 0
+        for n_tokens, n_rows in ((step.n_batch, step.n_rows), (1, 1)):
+            shape = StepShape(n_tokens, step.n_cells, n_rows, n_runs)
             if lack := shapes.lacking(device, shape):
                 return f"{device.name} ({device.description}) {lack}"
     return ""
@@ -71,6 +76,12 @@ class _Shapes:
         self.keys = {layer: self._new(step.kv_type, attention.key_length, *cells) for layer in own}
         own = own if attention.has_values else []
         self.values = {layer: self._new(step.kv_type, attention.value_length, *cells) for layer in own}
+        self.convs, self.matrices = dict[int, int](), dict[int, int]()
+        if of := spec.recurrent:
+            own = [layer for layer in layers if layer in spec.recurrent_layers]
+            for held, n_kept in ((self.convs, of.n_conv_kept), (self.matrices, of.n_matrix_kept)):
+                ne = n_kept // of.n_parts, of.n_parts * step.n_states
+                held |= {layer: self._new(GGMLQuantizationType.F32, *ne) for layer in own if n_kept}
 
     def __enter__(self) -> "_Shapes":
         return self
@@ -107,7 +118,9 @@ class _Shapes:
         tokens, positions = (self._new(kinds.I32, n) for _ in range(2))
         temperatures = self._new(kinds.F32, n) if spec.attention.temperature else 0
         mask = self._new(kinds.F16, shape.n_kv, n)
-        inputs = StepInputs(tokens, positions, self._new(kinds.I64, n), mask, mask, temperatures)
+        n_parts = spec.recurrent.n_parts if spec.recurrent else 0
+        states = (self._new(kinds.I32, n_parts), self._new(kinds.I64, n_parts)) if n_parts else (0, 0)
+        inputs = StepInputs(tokens, positions, self._new(kinds.I64, n), mask, mask, temperatures, *states)
         blocks = BlockBuilder(ctx, graph, spec, weights, self, shape, inputs)
         for index in self._layers:
             hidden, layer = blocks.add_attention(index, self._new(kinds.F32, spec.n_embd, n)), weights.layers[index]

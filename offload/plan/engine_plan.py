@@ -50,7 +50,7 @@ class EnginePlan:
     """Everything that is decided before the first weight is loaded; with a `shortfall` the model cannot be opened.
 
     `available` are the bytes of host memory for all our processes, of which those beside the engine's take `reserve`.
-    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests, and `n_states` the sequences of which
+    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests, `n_states` the sequences of which
     recurrent layers keep something. `machine` is what it was made for.
     """
 

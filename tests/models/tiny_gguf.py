@@ -444,7 +444,6 @@ FAMILIES = {
             "leading_dense_block_count": 1,
             "expert_gating_func": 2,
             "shortconv.l_cache": 3,
-            "attention.head_count_kv": [0, 2, 0, 2],
         },
         tensors=_CHOICE,
         n_dense=1,
@@ -494,8 +493,8 @@ def write_family(
     if family.latent:
         _add_latent_keys(writer, family.latent, shape.n_head)
     else:
-        if "attention.head_count_kv" not in family.keys:
-            writer.add_head_count_kv(shape.n_head_kv)
+        of_layers = [0 if layer in family.recurrent else shape.n_head_kv for layer in range(shape.n_layer)]
+        writer.add_head_count_kv(of_layers if "shortconv.l_cache" in family.keys else shape.n_head_kv)
         writer.add_key_length(shape.n_embd_head)
         writer.add_value_length(shape.n_embd_head)
     writer.add_layer_norm_rms_eps(1e-6)

@@ -32,8 +32,9 @@ def problem_of(file: ModelFile) -> str:
 
 
 def is_small(tensor: gguf.ReaderTensor) -> bool:
-    """Whether it is a norm, a bias, a factor, a divisor or a router, and is read at all."""
-    is_one = len(tensor.shape) == 1 or tensor.name.endswith(".bias") or "ffn_gate_inp" in tensor.name
+    """Whether it is a norm, a bias, a factor, a divisor, a router or a convolution, and is read at all."""
+    is_one = len(tensor.shape) == 1 or tensor.name.endswith(".bias")
+    is_one = is_one or any(part in tensor.name for part in ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv"))
     return is_one and ".indexer." not in tensor.name
 
 
