@@ -107,7 +107,7 @@ class DeviceNeeds:
 
     def lacking(self, device: Device) -> str:
         """What a device lacks for all but the experts, for a person; empty if it lacks nothing."""
-        step = StepNeeds(self.kv_type, self.n_cells, self.n_batch, self.n_rows)
+        step = StepNeeds(self.kv_type, self.n_cells, self.n_batch, self.n_rows, self.n_states)
         return not_computed(device, self.spec, self.sources, step)
 
 
