@@ -63,6 +63,12 @@ class KVStore:
             values |= cache.values
         return [held[layer] for layer in sorted(keys) for held in (keys, values) if layer in held]
 
+    def state_tensors(self) -> Sequence[int]:
+        """What each recurrent layer keeps of `n_states` sequences, in the order of layers."""
+        kinds = [cache.kinds[2:] for cache in self.caches.values()]
+        layers = sorted({layer for convs, _ in kinds for layer in convs})
+        return [kind[layer] for layer in layers for of in kinds for kind in of if layer in kind]
+
     def close(self) -> None:
         """Frees the memory."""
         for cache in self.caches.values():

@@ -10,7 +10,7 @@ from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, layer_tensors
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, ModelTensor, layer_tensors
 from slimoe.offload.model.tensors import (
     BucketSources,
     LatentSources,
@@ -159,7 +159,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         down = reader.experts(layer, "ffn_down", spec.n_expert)
     has_attention = "attn_output" in names
     latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
-    recurrent = _recurrent(reader, names) if spec.is_recurrent(layer) and "attn_norm" in names else None
+    recurrent = _recurrent(reader, tensors) if spec.is_recurrent(layer) and "attn_norm" in names else None
     shared: SharedSources | None = None
     if "ffn_down_shexp" in names:
         both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
@@ -195,23 +195,25 @@ def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> La
     return LatentSources(q, k, v)
 
 
-def _recurrent(reader: _Reader, names: Mapping[str, str]) -> RecurrentSources:
-    """A recurrent layer's weights by the names of their roles."""
+def _recurrent(reader: _Reader, tensors: Mapping[str, ModelTensor]) -> RecurrentSources:
+    """A recurrent layer's weights by their roles."""
 
     def linear(role: str) -> LinearSource:
-        return LinearSource(reader.weight(names[role]))
+        return LinearSource(reader.weight(tensors[role].name))
 
-    if "shortconv.conv" in names:
-        conv = reader.weight(names["shortconv.conv"])
-        return RecurrentSources((linear("shortconv.in_proj"),), conv, linear("shortconv.out_proj"))
+    def floats(role: str) -> WeightSource:
+        return reader.floats(tensors[role].name, tensors[role].ne)
+
+    if "shortconv.conv" in tensors:
+        return RecurrentSources((linear("shortconv.in_proj"),), floats("shortconv.conv"), linear("shortconv.out_proj"))
     inputs = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
     return RecurrentSources(
-        inputs=tuple(linear(role) for role in inputs if role in names),
-        conv=reader.weight(names["ssm_conv1d"]),
+        inputs=tuple(linear(role) for role in inputs if role in tensors),
+        conv=floats("ssm_conv1d"),
         output=linear("ssm_out"),
-        decay=reader.weight(names["ssm_a"]),
-        step_bias=reader.weight(names["ssm_dt"]),
-        norm=reader.weight(names["ssm_norm"]),
+        decay=floats("ssm_a"),
+        step_bias=floats("ssm_dt"),
+        norm=floats("ssm_norm"),
     )
 
 

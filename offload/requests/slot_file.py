@@ -7,7 +7,7 @@ by head, and a sha256 of all that. It is read to its end before anything of it i
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,7 +33,8 @@ class SlotFileError(UsageError):
 class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a file is of: `model` is the model's hash, `kv_type` the cache's, `row_bytes` are of a token in one head.
 
-    Where every second tensor has values whose rows are not like keys', `value_bytes` are of these.
+    Where every second tensor has values whose rows are not like keys', `value_bytes` are of these. `state_bytes` are of
+    what recurrent layers keep of all its tokens.
     """
 
     model: str
@@ -43,12 +44,20 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
     n_heads: int
     row_bytes: int
     value_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of tokens, keys and values."""
+        """Bytes of tokens, keys and values, and states."""
         two_rows = self.row_bytes + (self.value_bytes or self.row_bytes)
-        return self.n_tokens * (4 + self.n_tensors * self.n_heads * two_rows // 2)
+        return self.n_tokens * (4 + self.n_tensors * self.n_heads * two_rows // 2) + self.state_bytes
+
+
+class SlotPlace(NamedTuple):
+    """Where a sequence lies in memory: the cells of its tokens, and the state of recurrent layers after them."""
+
+    cells: Indices
+    state: int = 0
 
 
 def model_hash(gguf: GGUFFile) -> str:
@@ -74,11 +83,12 @@ def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     row_bytes, value_bytes = (int(shapes[place].nb[1]) if shapes else 0 for place in (0, -1))
     if value_bytes == row_bytes:
         value_bytes = 0
-    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes)
+    state_bytes = sum(_state_bytes(store, tensor) for tensor in store.state_tensors())
+    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
 
 
-def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, cells: Indices) -> int:
-    """Writes tokens with their keys and values, which lie in `cells`; the file's bytes.
+def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, place: SlotPlace) -> int:
+    """Writes tokens with their keys and values, and their state; the file's bytes.
 
     It appears under its name when it is whole. Raises UsageError where it cannot be written.
     """
@@ -86,7 +96,7 @@ def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, cells: In
     n_bytes, digest = 0, hashlib.sha256()
     with whole_file(path) as part, part.open("wb") as file:
         pieces = (MAGIC, len(head).to_bytes(_LENGTH_BYTES, "big"), head, tokens.astype("<i4").tobytes())
-        for piece in (*pieces, *_heads(store, cells)):
+        for piece in (*pieces, *_heads(store, place.cells), *_states(store, place.state)):
             digest.update(piece)
             n_bytes += file.write(piece)
         n_bytes += file.write(digest.digest())
@@ -94,19 +104,22 @@ def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, cells: In
 
 
 def read_slot(
-    path: Path, model: str, store: KVStore, n_most: int, place: Callable[[Tokens], Indices]
+    path: Path, model: str, store: KVStore, n_most: int, find_place: Callable[[Tokens], SlotPlace]
 ) -> tuple[Tokens, int]:
-    """Reads a file back: asks `place` for cells for its tokens, and fills them. The tokens, and the file's bytes.
+    """Reads a file back: asks for a place for its tokens, and fills it. The tokens, and the file's bytes.
 
-    Raises SlotFileError, before `place` is asked, for a file that is damaged, of another model or cache, or of more
-    than `n_most` tokens.
+    Raises SlotFileError, before `find_place` is asked, for a file that is damaged, of another model or cache, or of
+    more than `n_most` tokens.
     """
     try:
         with open_regular(path) as file:
             tokens, n_bytes = _checked(path, file, model, store, n_most)
-            cells = place(tokens)
+            place = find_place(tokens)
             file.seek(n_bytes - _HASH_BYTES - slot_head(model, store, len(tokens)).n_bytes + 4 * len(tokens))
-            _fill(store, cells, file)
+            _fill(store, place.cells, file)
+            for tensor in store.state_tensors():
+                row = np.frombuffer(file.read(_state_bytes(store, tensor)), np.uint8)
+                ggml_backend.ggml_backend_tensor_set(tensor, row.ctypes.data, place.state * row.nbytes, row.nbytes)
     except OSError as error:
         raise SlotFileError(f"{path.name} cannot be read: {reason(error)}.") from None
     return tokens, n_bytes
@@ -154,6 +167,18 @@ def _heads(store: KVStore, cells: Indices) -> Iterator[bytes]:
             begin = head * int(shape.nb[2]) + first * int(shape.nb[1])
             ggml_backend.ggml_backend_tensor_get(tensor, span.ctypes.data, begin, span.nbytes)
             yield span[cells - first].tobytes()
+
+
+def _states(store: KVStore, state: int) -> Iterator[bytes]:
+    """What each recurrent layer keeps in one state."""
+    for tensor in store.state_tensors():
+        row = np.empty(_state_bytes(store, tensor), np.uint8)
+        ggml_backend.ggml_backend_tensor_get(tensor, row.ctypes.data, state * row.nbytes, row.nbytes)
+        yield row.tobytes()
+
+
+def _state_bytes(store: KVStore, tensor: int) -> int:
+    return int(ggml.ggml_nbytes(tensor)) // store.n_states
 
 
 def _fill(store: KVStore, cells: Indices, file: BinaryIO) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.graph.kv_store import KVStore
-from slimoe.offload.requests.cells import Cells, Indices, Tokens
+from slimoe.offload.requests.cells import Cells, Sequence, Tokens
 from slimoe.offload.requests.request import Generator
-from slimoe.offload.requests.slot_file import model_hash, read_slot, write_slot
+from slimoe.offload.requests.slot_file import SlotPlace, model_hash, read_slot, write_slot
 
 SlotAction = Literal["save", "restore", "erase"]
 
@@ -71,7 +71,7 @@ class Slots:
             self._cells.adopt(sequence, self.tokens(slot))
             if not len(sequence):
                 raise UsageError(f"There is nothing to save in slot {slot}: nothing was answered in it, or no longer.")
-            n_bytes = write_slot(path, self._model, self._kv, sequence.tokens, sequence.cells)
+            n_bytes = write_slot(path, self._model, self._kv, sequence.tokens, _place(sequence))
             return SlotChange(len(sequence), n_bytes, perf_counter() - begin)
         finally:
             self._cells.remember(sequence)
@@ -82,14 +82,14 @@ class Slots:
         self._check_free(slot)
         sequence = self._cells.begin()
 
-        def place(tokens: Tokens) -> Indices:
+        def find_place(tokens: Tokens) -> SlotPlace:
             if len(tokens) > self._cells.n_unused:
                 raise UsageError(f"{path.name} has {len(tokens)} tokens, for which requests in progress leave no room.")
             self._cells.append(sequence, tokens)
-            return sequence.cells
+            return _place(sequence)
 
         try:
-            tokens, n_bytes = read_slot(path, self._model, self._kv, self._n_ctx, place)
+            tokens, n_bytes = read_slot(path, self._model, self._kv, self._n_ctx, find_place)
         except BaseException:
             self._cells.truncate(sequence, 0)
             raise
@@ -112,3 +112,8 @@ class Slots:
         job = self._jobs.get(slot)
         if job is not None and not job.is_over:
             raise UsageError(f"Slot {slot} answers a request now. Try again when it is done.")
+
+
+def _place(sequence: Sequence) -> SlotPlace:
+    moves = sequence.moves
+    return SlotPlace(sequence.cells, moves[0][1] if moves else 0)

@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.text.generation import (
     Event,
     Failed,
@@ -21,6 +26,7 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from tests.models.configs import engine_config
+from tests.models.gguf_content import read_content, write_content
 from tests.models.tiered import tiered_engine
 from tests.models.tiny_gguf import FineShape, write_family
 
@@ -190,3 +196,33 @@ def test_cutting_falls_back_to_a_place_that_has_a_state(model: Path) -> None:
         assert engine.n_past == len(SYSTEM)
         engine.truncate(5)
         assert engine.n_past == 0
+
+
+def test_a_slot_goes_on_after_a_restart(model: Path, alone: Engine, tmp_path: Path) -> None:
+    prompt = (*SYSTEM, *QUESTIONS[1])
+    with closing(open_engine(model)) as engine:
+        [first] = together(engine, [prompt])
+        saved = engine.slots.save(0, tmp_path / "slot")
+        assert saved.n_tokens == len(prompt) + 5
+    following = (*prompt, *tokens_of(first), *QUESTIONS[2])
+    with closing(open_engine(model)) as engine:
+        together(engine, [QUESTIONS[3]])
+        assert engine.slots.restore(0, tmp_path / "slot")[:2] == saved[:2]
+        events, n_computed = watched(engine, following)
+    assert n_read(events) == len(QUESTIONS[2]) + 1 == n_computed - 5
+    assert tokens_of(events) == anew(alone, following)
+
+
+def test_taps_of_another_type_are_refused(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "m.gguf", "lfm2moe", shape=SHAPE)
+    content = read_content(path)
+    name = "blk.0.shortconv.conv.weight"
+    halves = content.quantised(Type.F16, lambda tensor: tensor == name)
+    with pytest.raises(ModelFileError, match=rf"tensor {name} is F16"):
+        ModelFile.of(read_gguf(write_content(tmp_path / "f16.gguf", halves)))
+
+
+def test_conversion_says_that_it_knows_no_recurrent_layers(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="is run, but not converted"):
+        convert(ConvertOptions(model, tmp_path / "out.gguf", "Q8_0"))
+    assert not (tmp_path / "out.gguf").exists()
