@@ -50,23 +50,37 @@ class RecurrentSpec:
 
 
 def read_recurrent(keys: MetadataKeys, architecture: Architecture, n_embd: int, n_layer: int) -> RecurrentSpec | None:
-    """What the keys say of recurrent layers; raises ModelFileError for what is missing or contradicts itself."""
-    kind = architecture.recurrence
-    if kind is None:
+    """What the keys say of recurrent layers, None where there are none.
+
+    Raises ModelFileError for what is missing or contradicts itself.
+    """
+    if architecture.recurrence is None:
         return None
-    n_block = keys.count("block_count")
-    if kind == "short_conv":
-        name = "attention.head_count_kv"
-        counts = keys.integers(name, n_block) if keys.is_array(name) else (keys.count(name),) * n_block
-        return RecurrentSpec(kind, tuple(n == 0 for n in counts[:n_layer]), keys.count("shortconv.l_cache"), n_embd)
+    read = _read_short_conv if architecture.recurrence == "short_conv" else _read_delta_net
+    spec = read(keys, n_embd, n_layer)
+    if all(spec.layers):
+        raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
+    if spec.n_conv < 2:
+        raise ModelFileError(keys.gguf.path, "its convolutions see a single token, which cannot be.", AGAIN)
+    return spec if any(spec.layers) else None
+
+
+def _read_short_conv(keys: MetadataKeys, n_embd: int, n_layer: int) -> RecurrentSpec:
+    name, n_block = "attention.head_count_kv", keys.count("block_count")
+    counts = keys.integers(name, n_block) if keys.is_array(name) else (keys.count(name),) * n_block
+    is_recurrent = tuple(n == 0 for n in counts[:n_layer])
+    return RecurrentSpec("short_conv", is_recurrent, keys.count("shortconv.l_cache"), n_embd)
+
+
+def _read_delta_net(keys: MetadataKeys, _: int, n_layer: int) -> RecurrentSpec:
     n_state, n_group, n_rank = (keys.count(f"ssm.{name}") for name in ("state_size", "group_count", "time_step_rank"))
     n_inner = keys.count("ssm.inner_size")
     if n_inner != n_state * n_rank or n_rank % n_group:
         problem = f"its delta net has {n_inner} values in {n_rank} heads of {n_state}, and {n_group} key heads."
         raise ModelFileError(keys.gguf.path, problem, AGAIN)
     n_channels = n_inner + 2 * n_group * n_state
-    layers = _recurrent_layers(keys, n_block)[:n_layer]
-    return RecurrentSpec(kind, layers, keys.count("ssm.conv_kernel"), n_channels, n_state, n_group, n_rank)
+    layers = _recurrent_layers(keys, keys.count("block_count"))[:n_layer]
+    return RecurrentSpec("delta_net", layers, keys.count("ssm.conv_kernel"), n_channels, n_state, n_group, n_rank)
 
 
 def _recurrent_layers(keys: MetadataKeys, n_block: int) -> tuple[bool, ...]:

@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from slimoe.offload.text.generation import (
 from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiered import tiered_engine
+from tests.models.tiny_gguf import FAMILIES as FAMILIES_OF_FILES
 from tests.models.tiny_gguf import FineShape, write_family
 
 FAMILIES = ("qwen3next", "qwen35moe", "lfm2moe")
@@ -226,3 +228,31 @@ def test_conversion_says_that_it_knows_no_recurrent_layers(model: Path, tmp_path
     with pytest.raises(UnsupportedModelError, match="is run, but not converted"):
         convert(ConvertOptions(model, tmp_path / "out.gguf", "Q8_0"))
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "problem"),
+    [
+        ("qwen3next", {"full_attention_interval": 9}, "no layer has attention"),
+        ("qwen35moe", {"ssm.conv_kernel": 1}, "convolutions see a single token"),
+        ("lfm2moe", {"shortconv.l_cache": 1}, "convolutions see a single token"),
+        ("qwen3next", {"ssm.group_count": 3}, "in 4 heads of 64, and 3 key heads"),
+        ("qwen3next", {"ssm.inner_size": 128}, "its delta net has 128 values"),
+        ("qwen35moe", {"ssm.state_size": None}, r"ssm\.state_size is missing"),
+        ("qwen35moe", {"ssm.state_size": 0}, "is no count"),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path: Path, name: str, keys: dict[str, int | None], problem: str) -> None:
+    content = read_content(write_family(tmp_path / "whole.gguf", name, shape=SHAPE))
+    changed = content.with_keys({f"{name}.{key}": value for key, value in keys.items()})
+    with pytest.raises(ModelFileError, match=problem):
+        ModelFile.of(read_gguf(write_content(tmp_path / "m.gguf", changed)))
+
+
+def test_recurrence_may_be_in_no_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES_OF_FILES["qwen3next"]
+    without = replace(family, recurrent=(), keys=family.keys | {"full_attention_interval": 1})
+    monkeypatch.setitem(FAMILIES_OF_FILES, "qwen3next", without)
+    with closing(open_engine(write_family(tmp_path / "m.gguf", "qwen3next", shape=SHAPE))) as engine:
+        assert engine.spec.recurrent is None
+        assert len(anew(engine, SYSTEM)) == 6

@@ -150,7 +150,7 @@ def test_layers_without_experts_beyond_the_last_are_none() -> None:
         ),
         (
             {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
-            "'qwen3_next' is not supported: it is like qwen3next, but only GGUF files of it are read. Those that are: LlamaForC",
+            "'qwen3_next' is not supported: it is like qwen3next, but only GGUF files of it are read. Those",
         ),
         ({"architectures": ["Qwen3ForCausalLM"]}, r"'Qwen3ForCausalLM' is not supported\. Those that are: .*, Olmoe"),
         ({"model_type": "rwkv"}, "'unknown' of model_type 'rwkv' is not supported"),
