@@ -449,7 +449,7 @@ FAMILIES = {
         n_dense=1,
         recurrent=(0, 2),
         recurrent_tensors={
-            "shortconv.in_proj.weight": (768, "n_embd"),
+            "shortconv.in_proj.weight": ("n_conv_inputs", "n_embd"),
             "shortconv.conv.weight": ("n_embd", 3),
             "shortconv.out_proj.weight": ("n_embd", "n_embd"),
         },
@@ -593,7 +593,7 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     if family.has_output:
         tensors["output.weight"] = (shape.n_vocab, d)
     sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv, "n_ff": n_ff, "n_head": shape.n_head}
-    sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2}
+    sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2, "n_conv_inputs": 3 * d}
     extra, whole, recurrent = (
         {name: tuple(sizes[size] if isinstance(size, str) else size for size in dims) for name, dims in named.items()}
         for named in (family.tensors, family.whole, family.recurrent_tensors)

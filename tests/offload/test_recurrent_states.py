@@ -27,10 +27,12 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from tests.models.configs import engine_config
+from tests.models.conversation import conversation
 from tests.models.gguf_content import read_content, write_content
-from tests.models.tiered import tiered_engine
+from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_gguf import FAMILIES as FAMILIES_OF_FILES
 from tests.models.tiny_gguf import FineShape, write_family
+from tests.offload.devices import Devices
 
 FAMILIES = ("qwen3next", "qwen35moe", "lfm2moe")
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
@@ -256,3 +258,25 @@ def test_recurrence_may_be_in_no_layer(tmp_path: Path, monkeypatch: pytest.Monke
     with closing(open_engine(write_family(tmp_path / "m.gguf", "qwen3next", shape=SHAPE))) as engine:
         assert engine.spec.recurrent is None
         assert len(anew(engine, SYSTEM)) == 6
+
+
+@pytest.mark.parametrize("on_device", [0.5, 2.0], ids=["cut", "whole"])
+def test_on_devices_that_share_the_layers(model: Path, two_devices: Devices, tmp_path: Path, on_device: float) -> None:
+    options: dict[str, Any] = {"n_ctx": 300, "n_batch": N_BATCH, "n_parallel": 2, "n_threads": 1, "kv_type": "f16"}
+    with closing(resident_engine(engine_config(model, **options))) as engine:
+        expected = conversation(engine)
+    with closing(device_engine(engine_config(model, **options, **two_devices.settings), on_device)) as engine:
+        two_devices.check(conversation(engine), expected, model)
+        engine.truncate(0)
+        events, _ = watched(engine, (*SYSTEM, *QUESTIONS[2]))
+        again, _ = watched(engine, (*SYSTEM, *QUESTIONS[2]))
+        assert n_read(again) <= STEP + 8
+        assert tokens_of(again) == tokens_of(events) or not two_devices.is_exact
+        engine.slots.save(0, tmp_path / "slot")
+        following = (*SYSTEM, *QUESTIONS[2], *tokens_of(again), *QUESTIONS[1])
+        on_devices, _ = watched(engine, following)
+    with closing(open_engine(model, kv_type="f16")) as engine:
+        engine.slots.restore(0, tmp_path / "slot")
+        events, _ = watched(engine, following)
+    assert n_read(events) == n_read(on_devices) == len(QUESTIONS[1]) + 1
+    assert tokens_of(events) == tokens_of(on_devices) or not two_devices.is_exact
