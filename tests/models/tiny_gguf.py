@@ -203,7 +203,6 @@ _DELTA_KEYS: dict[str, int | float | bool | str | list[int]] = {
     "ssm.state_size": 64,
     "ssm.time_step_rank": 4,
     "ssm.group_count": 2,
-    "full_attention_interval": 3,
     "rope.dimension_count": 32,
     "expert_shared_feed_forward_length": 256,
 }
@@ -418,10 +417,10 @@ FAMILIES = {
     "qwen3next": Family(
         "head",
         "expert_feed_forward_length",
-        keys=_DELTA_KEYS,
+        keys=_DELTA_KEYS | {"full_attention_interval": 2},
         tensors=_GATED_SHARED,
         ffn_norm="post_attention_norm",
-        recurrent=(0, 1, 3),
+        recurrent=(0, 2),
         recurrent_tensors=_DELTA_NET | {"ssm_ba.weight": (8, "n_embd")},
         is_gated=True,
     ),
@@ -432,7 +431,7 @@ FAMILIES = {
         keys=_DELTA_KEYS | {"rope.dimension_sections": [6, 5, 5, 0]},
         tensors=_GATED_SHARED,
         ffn_norm="post_attention_norm",
-        recurrent=(0, 1, 3),
+        recurrent=(0, 2, 3),
         recurrent_tensors=_DELTA_NET | {"ssm_beta.weight": (4, "n_embd"), "ssm_alpha.weight": (4, "n_embd")},
         is_gated=True,
     ),
@@ -497,6 +496,9 @@ def write_family(
         writer.add_head_count_kv(of_layers if "shortconv.l_cache" in family.keys else shape.n_head_kv)
         writer.add_key_length(shape.n_embd_head)
         writer.add_value_length(shape.n_embd_head)
+    if family.is_gated and "full_attention_interval" not in family.keys:
+        are_recurrent = [layer in family.recurrent for layer in range(shape.n_layer)]
+        writer.add_array(f"{arch}.attention.recurrent_layers", are_recurrent)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(1e6)
     writer.add_expert_count(shape.n_expert)
