@@ -250,12 +250,14 @@ class Cells:
         return self._n_state_users.index(0, NO_TOKENS + 1)
 
     def _droppable(self) -> Iterator[tuple[Sequence, list[int]]]:
-        """Sequences and the places of states that they can lose: all, or of one in use those before its last."""
+        """Sequences and the places of states that they can lose: all, or of one in use all but its last two.
+
+        Of these the step to come may read one and write the other.
+        """
         for sequence in list(self._remembered):
             yield sequence, _by_loss(sorted(sequence._states), len(sequence))
         for sequence in list(self._live):
-            kept = sorted(place for place in sequence._kept if place < len(sequence))
-            yield sequence, _by_loss(kept, len(sequence))
+            yield sequence, _by_loss(sorted(sequence._states)[:-2], len(sequence))
 
 
 def _by_loss(places: list[int], end: int) -> list[int]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from slimoe.offload.requests.cells import Cells, Sequence, common_prefix
+from slimoe.offload.requests.cells import NO_TOKENS, Cells, Sequence, common_prefix
 
 
 class Ledger:
@@ -184,3 +184,29 @@ def test_common_prefix() -> None:
     tokens = [np.array(values, np.int32) for values in ([], [1], [1, 2], [1, 3, 3], [1, 3, 4])]
     assert [common_prefix(a, b) for a, b in pairwise(tokens)] == [0, 1, 1, 2]
     assert common_prefix(tokens[4], tokens[4]) == 3
+
+
+def test_a_step_reads_the_state_that_each_of_its_sequences_had() -> None:
+    """However full of kept states: those before and after a step are nobody else's until the next one."""
+    draw, n_parallel = random.Random(7), 3
+    for _ in range(30):
+        cells = Cells(4000, 1 + 3 * n_parallel + 3)
+        live: list[Sequence] = []
+        for _ in range(80):
+            if len(live) < n_parallel and draw.random() < 0.5:
+                live.append(cells.begin())
+                cells.adopt(live[-1], [0] * draw.randrange(60))
+            elif live and draw.random() < 0.2:
+                cells.remember(live.pop(draw.randrange(len(live))))
+            together = draw.sample(live, draw.randint(0, len(live)))
+            before = [sequence.moves[0][1] if sequence.moves else NO_TOKENS for sequence in together]
+            n_tokens = draw.choice([1, 8])
+            for sequence in together:
+                cells.append(sequence, [0] * n_tokens)
+            assert [sequence.moves[0][0] for sequence in together] == before
+            after = [sequence.moves[0][1] for sequence in together]
+            assert len({*after}) == len(after)
+            assert not {*after} & {*before, NO_TOKENS}
+            for sequence in together:
+                if draw.random() < 0.7:
+                    cells.keep(sequence)
