@@ -10,7 +10,7 @@ from bench.simulated.caches import ClassLru, Counts, Lru, most_used, placed, upl
 from bench.simulated.engine import played
 from bench.simulated.foresight import foreseen
 from bench.simulated.machine import Machine, layer_seconds
-from bench.simulated.routing import Habits, routed
+from bench.simulated.routing import Habits, Routed, routed
 from slimoe.offload.machine.cost_model import expected_uses
 
 GB = 1e9
@@ -27,7 +27,10 @@ def shared(cpu_share: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Sizes of a model: bytes of an expert and of all else in a layer in Q4_K, and of the output in Q6_K."""
+    """Sizes of a model: bytes of an expert and of all else in a layer in Q4_K, and of the output in Q6_K.
+
+    `texts` are kinds of texts by name, made up by habits or recorded.
+    """
 
     name: str
     n_layer: int
@@ -36,12 +39,19 @@ class Model:
     expert_bytes: float
     layer_bytes: float
     output_bytes: float
-    habits: Mapping[str, Habits]
+    texts: Mapping[str, Habits | Routed]
 
     def n_slots(self, vram: float) -> int:
         """The experts that a device has room for beside the rest, and beside 1.2 GB of KV cache, buffers and driver."""
         room = vram - self.n_layer * self.layer_bytes - self.output_bytes - 1.2e9
         return max(0, min(self.n_layer * self.n_expert, int(room / self.expert_bytes)))
+
+    def routing(self, name: str, n_tokens: int, seed: int) -> Routed:
+        """Tokens of the texts of this name: as many as there are where they were recorded."""
+        texts = self.texts[name]
+        if isinstance(texts, Routed):
+            return texts
+        return routed(self.n_layer, self.n_expert, self.n_used, texts, n_tokens, seed)
 
 
 _Q4_K = 144 / 256
@@ -59,6 +69,14 @@ HOSTS = {"DDR4": (30 * GB, 38 * GB), "DDR5": (60 * GB, 72 * GB), "DDR5, few core
 LINKS = {"3.0 x4": 3.5 * GB, "4.0 x4": 7 * GB, "3.0 x16": 13 * GB, "4.0 x16": 26 * GB, "5.0 x16": 55 * GB}
 DEVICES = {"8 GiB": (8 * 2**30, 200 * GB), "12 GiB": (12 * 2**30, 375 * GB), "24 GiB": (24 * 2**30, 700 * GB)}
 """Memory, and bytes per second of multiplying: some three quarters of a memory's 270, 500 and 930 GB/s."""
+
+
+def as_large_as_mixtral(name: str, recorded: Routed) -> Model:
+    """A model whose routing was recorded, and whose layers together have the bytes of Mixtral's."""
+    mixtral, (n_layer, n_expert), n_used = MODELS[0], recorded.likings.shape, recorded.selected.shape[2]
+    times = mixtral.n_layer / n_layer
+    sizes = times * mixtral.n_expert / n_expert * mixtral.expert_bytes, times * mixtral.layer_bytes
+    return Model(name, n_layer, n_expert, n_used, *sizes, mixtral.output_bytes, {"recorded": recorded})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +154,7 @@ def parts(
     return [
         Part(model, habits, device, tuple(hosts), tuple(links), scale)
         for model in models
-        for habits in model.habits
+        for habits in model.texts
         for device in devices
         if model.n_used * 2 <= model.n_slots(DEVICES[device][0]) < model.n_layer * model.n_expert
     ]
@@ -146,7 +164,7 @@ def cells(part: Part) -> list[Cell]:
     """Every cell of a part of the grid."""
     model, scale = part.model, part.scale
     sizes = model.n_layer, model.n_expert, model.n_used
-    routing = routed(*sizes, model.habits[part.habits], scale.n_warm + scale.n_counted, scale.seed)
+    routing = model.routing(part.habits, scale.n_warm + scale.n_counted, scale.seed)
     selected, flat = routing.selected, np.full(routing.likings.shape, model.n_used / model.n_expert)
     uses = expected_uses(routing.likings, *sizes)
     vram, device_rate = DEVICES[part.device]

@@ -1,13 +1,16 @@
-"""Which experts tokens select, made up after the figures that are known of trained models.
+"""Which experts tokens select: made up after the figures that are known of trained models, or recorded.
 
-Each layer likes its experts unevenly, each text a little otherwise than the last one, and a part of a token's experts
-is the last token's.
+In what is made up each layer likes its experts unevenly, each text a little otherwise than the last one, and a part of
+a token's experts is the last token's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slimoe.offload.cache.router_trace import Trace
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -51,6 +54,19 @@ def routed(n_layer: int, n_expert: int, n_used: int, habits: Habits, n_tokens: i
             scores[layers, selected[token - 1, layers, ranks]] = np.inf
         selected[token] = np.argpartition(-scores, n_used - 1, axis=1)[:, :n_used]
     return Routed(selected, np.exp(logs))
+
+
+def recorded(texts: Sequence[Trace], others: Trace) -> Routed:
+    """The tokens of traces, one after the other, as if each were a step; `others` is what a calibration read.
+
+    The last layer is left out, because it computes no more than a prompt's last token.
+    """
+    layers = [layer for layer, experts in enumerate(others.header.expert_bytes) if experts][:-1]
+    rows = list[Ids]()
+    for step in (step for trace in texts for step in trace.steps):
+        parts = {part.layer: part.selected for part in step.layers}
+        rows.append(np.stack([parts[layer] for layer in layers], axis=1).astype(np.int64))
+    return Routed(np.concatenate(rows), others.rates()[layers])
 
 
 def repeated(selected: Ids) -> float:

@@ -17,7 +17,7 @@ from bench.simulated.caches import Counts, most_used, placed
 from bench.simulated.engine import Residents, measured
 from bench.simulated.grid import DEVICES, HOSTS, LINKS, MODELS, TINY, Model, Scale, step_ms
 from bench.simulated.machine import Machine
-from bench.simulated.routing import Floats, Ids, routed
+from bench.simulated.routing import Floats, Ids
 from slimoe.offload.cache.policy import PolicyContext, make_policy
 from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.swap import SlotExchange, SwapRule
@@ -156,7 +156,7 @@ class Row:
 def row(model: Model, habits: str, device: str, host: str, link: str, course: Course, seed: int = 1) -> Row:
     """One machine."""
     n_tokens = course.n_warm + course.n_slow + course.n_after
-    routing = routed(model.n_layer, model.n_expert, model.n_used, model.habits[habits], n_tokens, seed)
+    routing = model.routing(habits, n_tokens, seed)
     uses = expected_uses(routing.likings, model.n_layer, model.n_expert, model.n_used)
     vram, device_rate = DEVICES[device]
     n_slots, machine = model.n_slots(vram), Machine(device_rate, *HOSTS[host], LINKS[link])
@@ -211,7 +211,7 @@ def main(device: str, links: tuple[str, ...], slower: float, seed: int, smoke: b
     course = Course(slower=slower)
     rows = []
     for model in (TINY,) if smoke else MODELS:
-        for habits in list(model.habits)[: 1 if smoke else None]:
+        for habits in list(model.texts)[: 1 if smoke else None]:
             for host in list(HOSTS)[: 1 if smoke else None]:
                 for link in links:
                     rows.append(row(model, habits, "8 GiB" if smoke else device, host, link, course, seed))

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bench.models.random_trace import write_random_trace
 from bench.simulated.caches import ClassLru, Lru, most_used, placed, uploading
 from bench.simulated.compare import main
 from bench.simulated.engine import played
 from bench.simulated.foresight import foreseen
 from bench.simulated.grid import ENGINE, ORACLE, STATIC
 from bench.simulated.machine import Machine, layer_seconds
-from bench.simulated.routing import Habits, in_lru, repeated, routed
+from bench.simulated.routing import Habits, in_lru, recorded, repeated, routed
+from slimoe.offload.cache.router_trace import Trace, TraceHeader, read_trace
 
 MACHINE = Machine(
     device_rate=100, cpu_rate=10, memory_rate=12, link_rate=4, device_launch=1, cpu_launch=2, link_delay=3
@@ -37,6 +39,29 @@ def test_routing_repeats_and_prefers_as_it_is_told() -> None:
     assert repeated(local.selected) > 0.4
     assert in_lru(local.selected, 0.5, 32) > in_lru(even.selected, 0.5, 32) + 0.2
     assert in_lru(even.selected, 1.0, 32) > 0.95
+
+
+def test_recorded_tokens_stand_one_after_the_other_without_the_last_layer(tmp_path: Path) -> None:
+    header = TraceHeader("none", 2, ((1,) * 6,) * 3)
+    traces = list[Trace]()
+    for seed in (1, 2):
+        write_random_trace(tmp_path / "trace", header, n_prompt=20, n_answer=5, n_turns=1, seed=seed)
+        traces.append(read_trace(tmp_path / "trace"))
+    both = recorded(traces, traces[1])
+    assert both.selected.shape == (2 * 25, 2, 2)
+    prompt, answer = traces[1].steps[:2]
+    assert (both.selected[25:45, 1] == prompt.layers[1].selected).all()
+    assert (both.selected[45, 0] == answer.layers[0].selected).all()
+    assert both.likings == pytest.approx(traces[1].rates()[:2])
+
+
+def test_recorded_texts_need_both_kinds_of_traces_and_more_tokens_than_warm_up(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    write_random_trace(path, TraceHeader("none", 2, ((1,) * 6,) * 3), n_prompt=20, n_answer=5, n_turns=1, seed=1)
+    alone, short = (CliRunner().invoke(main, ["--trace", str(path), *more]) for more in ([], ["--priors", str(path)]))
+    assert (alone.exit_code, short.exit_code) == (2, 2)
+    assert "both" in alone.stderr
+    assert "more than 192" in short.stderr
 
 
 def test_caches_find_what_looking_at_everything_finds() -> None:
