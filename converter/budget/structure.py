@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER, is_attention
+from slimoe.converter.layout.layer import CHOICE_BIAS, FLOATS, ROUTER, is_attention
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs, constant_vectors
 from slimoe.converter.methods.expert_drop import Kept, Survivors, keep_by_layer, keep_overall, redirect, substitute
@@ -74,7 +74,7 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
     layer = source.layers[block]
     kept = survivors or redirect(layer.target, range(layer.n_stored))
     experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
-    roles = (tensor.role for tensor in layer_tensors(source.spec, block) if tensor.role != ROUTER)
+    roles = (tensor.role for tensor in layer_tensors(source.spec, block) if tensor.role not in FLOATS)
     matrices = [role for role in roles if len(source.shapes.get(block_key(block, role), ())) > 1]
     types = dict.fromkeys(matrices, Type.F32)
     return LayerPlan(block, experts, kept.rows, kept.target, types, layer.has_attention)

@@ -233,8 +233,9 @@ def read_ffn_norm(source: ModelSource, layer: int, device: str = "cpu") -> Norm:
 
 def read_output_norm(source: ModelSource, device: str = "cpu") -> Norm:
     """The norm behind the last layer; raises ModelFileError."""
-    bias = _optional(source, MatrixKey("output_norm.bias"), device)
-    return Norm(read_tensor(source, MatrixKey("output_norm.weight"), device), source.spec.rms_eps, bias)
+    stem = next(one.stored_as or one.role for one in source.spec.architecture.tensors if one.role == "output_norm")
+    bias = _optional(source, MatrixKey(f"{stem}.bias"), device)
+    return Norm(read_tensor(source, MatrixKey(f"{stem}.weight"), device), source.spec.rms_eps, bias)
 
 
 def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:

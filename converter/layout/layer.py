@@ -13,22 +13,24 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
-from slimoe.converter.quant.mixes import fitting_type
+from slimoe.converter.quant.mixes import fitting_type, layer_and_role
 from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key, vectors_key
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.model.expert_spec import LayerShape, dense_layer_keys
 from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, ModelTensor
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, CONVOLUTIONS, ModelTensor
 
 QKV = ("attn_q", "attn_k", "attn_v")
 ROUTER, CHOICE_BIAS = "ffn_gate_inp", "exp_probs_b"
 """The roles of what has a row for each expert, and loses it with the expert."""
+FLOATS = (ROUTER, *CONVOLUTIONS)
+"""The roles of matrices that are always F32."""
 
 
 def is_attention(role: str) -> bool:
-    """Whether a tensor is part of a block's attention, by its role."""
-    return role.startswith("attn_")
+    """Whether a tensor is part of a block's attention, or of the recurrence in its place, by its role."""
+    return role.startswith(("attn_", "ssm_", "shortconv."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,10 @@ class Matrix:
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing is multiplied with it: norms, biases, and vectors that stand for experts."""
+        """Whether nothing is multiplied with it: norms, biases, taps, and vectors that stand for experts."""
         stands_for_experts = any(f".{role}." in self.tensor for role in ("ffn_novice", AUX_GAIN, AUX_SHIFT))
-        return self.is_vector or stands_for_experts or not self.tensor.endswith(".weight")
+        is_taps = layer_and_role(self.tensor)[1] in CONVOLUTIONS
+        return self.is_vector or stands_for_experts or is_taps or not self.tensor.endswith(".weight")
 
 
 def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
@@ -136,7 +139,7 @@ class LayerMatrices:
         """Those of the layer's `tensors` and their biases, then the experts and the constants."""
         joins_qkv = self.source.spec.architecture.joins_qkv and not self.native
         for role in dict.fromkeys(tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
-            for suffix in ("bias", "weight"):
+            for suffix in ("bias", "weight", ""):
                 key = block_key(self.plan.block, role, suffix)
                 if key not in self.source.shapes:
                     continue
@@ -237,7 +240,7 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
             raise UnsupportedModelError(source.path, "the model has no experts to compress.", "Convert it with --type.")
         if not any(layer.rows for layer in plan.layers):
             raise UnsupportedModelError(source.path, "no layer would keep an expert.", "Keep one layer's, at least.")
-        if not any(layer.has_attention for layer in plan.layers):
+        if not any(layer.has_attention and not source.spec.is_recurrent(layer.block) for layer in plan.layers):
             raise UnsupportedModelError(
                 source.path, "no layer would keep its attention.", "Keep one layer's, at least."
             )

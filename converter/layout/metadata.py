@@ -67,13 +67,15 @@ def result_spec(source: ModelSource, plan: CompressPlan) -> ModelSpec:
     experts = replace(source.spec.experts, n_expert=n_expert, layers=() if are_alike else shapes)
     if plan.n_main:
         experts = replace(experts, n_expert_used=plan.n_main, n_selected=experts.n_expert_used)
+    recurrent, blocks = source.spec.recurrent, [layer.block for layer in plan.layers]
     return replace(
         source.spec,
         is_native=is_native,
         n_layer=len(shapes),
         n_ff=max(shape.n_ff for shape in shapes if shape.n_expert or not n_expert),
         experts=experts,
-        windowed=tuple(source.spec.windowed[layer.block] for layer in plan.layers) if source.spec.windowed else (),
+        windowed=tuple(source.spec.windowed[block] for block in blocks) if source.spec.windowed else (),
+        recurrent=replace(recurrent, layers=tuple(recurrent.layers[n] for n in blocks)) if recurrent else None,
     )
 
 

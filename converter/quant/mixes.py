@@ -77,14 +77,22 @@ def layer_and_role(name: str) -> tuple[int, str]:
     parts = name.split(".")
     if parts[0] != "blk":
         return -1, parts[0]
-    return int(parts[1]), parts[2].removesuffix("_exps")
+    n_parts = 2 if parts[2] in _OF_TWO_PARTS else 1
+    return int(parts[1]), ".".join(parts[2 : 2 + n_parts]).removesuffix("_exps")
 
 
+_OF_TWO_PARTS = ("shortconv",)
+"""How roles begin that have a point in them."""
 _SHIELD = {
     **dict.fromkeys((f"attn_{role}" for role in ("k", "v", "kv_a_mqa", "k_b", "v_b", "kv_b")), always(Type.Q8_0)),
     "attn_output": always(Type.Q5_K),
+    **dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_ba"), always(Type.Q8_0)),
+    **dict.fromkeys(("attn_qkv", "ssm_out", "shortconv.in_proj"), always(Type.Q6_K)),
+    **dict.fromkeys(("attn_gate", "shortconv.out_proj"), always(Type.Q5_K)),
 }
-"""Keys and values, or the low-rank matrices that make them, are few, and every head reads them."""
+"""Keys and values, or the low-rank matrices that make them, are few, and every head reads them. So are the matrices of
+recurrent layers, whose errors add up in a state: most of all those that say what a state forgets and takes in.
+"""
 _FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,
     Type.F16: LlamaFileType.MOSTLY_F16,

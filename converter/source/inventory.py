@@ -31,7 +31,7 @@ _KINDS = (
     ("constant experts", r"ffn_novice"),
     ("compressed experts", r"ffn_aux_"),
     ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\.|block_sparse_moe\.(in|out)put_linear"),
-    ("attention", r"attn|ssm"),
+    ("attention", r"attn|ssm|\bconv|shortconv"),
     ("embeddings", r"embd|embed"),
     ("output", r"^output\.|lm_head"),
     ("feed-forward", r"ffn|mlp"),
@@ -227,6 +227,7 @@ def _routing(gguf: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
         "dense_layers": sum(not shape.n_expert and bool(shape.n_ff) for shape in experts.layers),
         "dense_width": spec.n_ff_dense,
         "mtp_blocks": spec.n_layer_nextn,
+        "recurrent_layers": len(spec.recurrent_layers),
     } | ({"computed": f"{spec.n_expert_used} of {spec.n_expert_selected} selected"} if spec.n_expert_aux else {})
 
 

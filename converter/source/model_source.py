@@ -54,8 +54,8 @@ def constant_key(layer: int, number: int) -> MatrixKey:
 
 
 def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
-    """A block's matrix or vector outside the experts, such as attn_q."""
-    return MatrixKey(f"blk.{layer}.{role}.{kind}")
+    """A block's matrix or vector outside the experts, such as attn_q; some vectors have names without a `kind`."""
+    return MatrixKey(f"blk.{layer}.{role}.{kind}" if kind else f"blk.{layer}.{role}")
 
 
 def choice_bias_key(layer: int) -> MatrixKey:

@@ -1,5 +1,6 @@
 """A model whose matrices lie in files: what all checkpoints and files have in common once their parts are found."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from slimoe.converter.source.stored_rows import StoredMatrix
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,16 @@ class StoredModel:
     shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        places = {tensor.role: place for place, tensor in enumerate(self.spec.architecture.tensors)}
+        tensors = self.spec.architecture.tensors
+        places = {tensor.stored_as or tensor.role: place for place, tensor in enumerate(tensors)}
+        last = {tensor.stored_as or tensor.role for tensor in tensors if tensor.role.startswith("output")}
 
         def place(key: MatrixKey) -> tuple[int, int, str, int]:
             """Where the architecture's list has the tensor, layer by layer."""
-            *block, role, kind = key.name.split(".")
-            layer = int(block[1]) if block else self.spec.n_layer if role.startswith("output") else -1
+            block = _BLOCK.match(key.name)
+            name = key.name[block.end() :] if block else key.name
+            role, kind = name.rsplit(".", 1) if "." in name else (name, "")
+            layer = int(block[1]) if block else self.spec.n_layer if role in last else -1
             return layer, places.get(role, len(places)), kind, key.expert
 
         object.__setattr__(self, "matrices", {key: self.matrices[key] for key in sorted(self.matrices, key=place)})

@@ -12,6 +12,8 @@ from slimoe.offload.model.spec import ModelSpec
 _Layout = dict[str, tuple[int, ...]]
 _ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
+CONVOLUTIONS = ("ssm_conv1d", "shortconv.conv")
+"""The roles of the taps of recurrent layers' convolutions, which are F32 in every file."""
 AUX_GAIN, AUX_SHIFT = "ffn_aux_gain", "ffn_aux_shift"
 """The roles of what stands for selected experts that are not computed: vectors for each row of the router."""
 

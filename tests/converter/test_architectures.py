@@ -13,6 +13,7 @@ from bench.baselines.stepping import random_tokens
 from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.source.gguf_source import gguf_source
+from slimoe.converter.source.inventory import take_inventory
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
@@ -22,7 +23,8 @@ from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 TOKENS = random_tokens(40, 300)
 SHAPE = FineShape(n_expert=16)
-CONVERTED = [name for name, family in FAMILIES.items() if family.latent is None and not family.recurrent]
+RECURRENT = [name for name, family in FAMILIES.items() if family.recurrent]
+CONVERTED = [name for name, family in FAMILIES.items() if family.latent is None and name not in RECURRENT]
 LATENT = ["deepseek2", "deepseek2-old", "mistral4"]
 
 
@@ -39,7 +41,7 @@ def test_torch_computes_what_the_engine_does(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(ours, logits(path), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*CONVERTED, *LATENT])
+@pytest.mark.parametrize("name", [*CONVERTED, *LATENT, *RECURRENT])
 def test_a_converted_file_is_of_the_same_architecture(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_head_kv=4, n_embd_head=64, n_expert=16))
     result = convert(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1)).path
@@ -69,13 +71,35 @@ def test_experts_whose_rows_no_block_divides_are_halves_and_that_is_said(tmp_pat
     assert {one.name: one.type for one in planned.layout.tensors}["blk.0.ffn_down_exps.weight"] is Type.F16
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2"])
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *RECURRENT])
 def test_two_copies_of_experts_beside_dense_layers_and_shared_experts(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)
     whole = convert(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1)).path
     twice = convert(ConvertOptions(path, tmp_path / "two.gguf", n_threads=1, pair="Q8_0,Q4_0")).path
     assert read_gguf(twice).metadata["slimoe.base_architecture"] == name
     np.testing.assert_array_equal(logits(twice), logits(whole))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_what_recurrent_layers_forget_and_take_in_keeps_more_bits(tmp_path: Path, name: str) -> None:
+    """Their convolutions' taps stay as they are, and their matrices have more bits than experts."""
+    path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)
+    result = convert(ConvertOptions(path, tmp_path / "q.gguf", "Q4_K_M", n_threads=1)).path
+    stored, found = file_tensors(path), file_tensors(result)
+    assert stored.keys() == found.keys()
+    wanted = {"ssm_conv1d": Type.F32, "shortconv.conv": Type.F32, "shortconv.in_proj": Type.Q6_K, "ssm_out": Type.Q6_K}
+    wanted |= {"attn_qkv": Type.Q6_K, "ffn_up_exps": Type.Q4_K}
+    wanted |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_ba", "attn_k"), Type.Q8_0)
+    roles = {tensor: tensor.removesuffix(".weight").split(".", 2)[-1] for tensor in found}
+    assert {found[tensor].tensor_type is wanted[role] for tensor, role in roles.items() if role in wanted} == {True}
+    assert {"ssm_conv1d", "shortconv.conv"} & set(roles.values())
+    for tensor in found:
+        if found[tensor].tensor_type is Type.F32:
+            np.testing.assert_array_equal(found[tensor].data, stored[tensor].data)
+
+    inventory = take_inventory(result)
+    assert "other" not in {one.kind for one in inventory.counts}
+    assert inventory.routing["recurrent_layers"] == len(set(range(SHAPE.n_layer)) & set(FAMILIES[name].recurrent))
 
 
 def test_queries_keys_and_values_are_one_tensor_where_llama_cpp_reads_no_others(

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
-from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.text.generation import (
@@ -224,12 +223,6 @@ def test_taps_of_another_type_are_refused(tmp_path: Path) -> None:
     halves = content.quantised(Type.F16, lambda tensor: tensor == name)
     with pytest.raises(ModelFileError, match=rf"tensor {name} is F16"):
         ModelFile.of(read_gguf(write_content(tmp_path / "f16.gguf", halves)))
-
-
-def test_conversion_says_that_it_knows_no_recurrent_layers(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="is run, but not converted"):
-        convert(ConvertOptions(model, tmp_path / "out.gguf", "Q8_0"))
-    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize(

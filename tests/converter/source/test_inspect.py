@@ -77,6 +77,7 @@ def test_how_tokens_select_experts_and_what_stands_beside_them(
         "dense_layers": 1,
         "dense_width": 7 * 256,
         "mtp_blocks": 1,
+        "recurrent_layers": 0,
     }
     n_weights = {count.kind: count.n_weights for count in inventory.counts}
     assert n_weights["router"] == 256 * 8 + 8
