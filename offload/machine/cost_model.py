@@ -217,14 +217,19 @@ class _Setting:
             )
             return _Layer(seconds, tiers)
         # As the engine does, whole experts are copied to the device as long as both sides end sooner.
-        copy = sum(self.load.expert.values()) / self.speed.links[self.device].to_device
+        link = self.speed.links[self.device]
+        copy = sum(self.load.expert.values()) / link.to_device
         best = _Layer(max(tiers.values()), tiers)
-        n_even = (tiers[CPU] - tiers[self.device]) / (on_cpu + copy + on_device)
+        # Seconds until the device is done, as sums of a fixed part and one for each copied expert: the largest counts.
+        ends = [(tiers[self.device], copy + on_device)]
+        if link.is_apart:
+            ends = [(tiers[self.device], on_device), (on_device, copy), (copy, on_device)]
+        n_even = min((tiers[CPU] - fixed) / (on_cpu + each) for fixed, each in ends)
         for n_copied in (math.floor(n_even), math.ceil(n_even)):
             if 0 < n_copied <= visited * (1 - share):
                 more = {self.device: n_copied * on_device, LINK: n_copied * copy, CPU: -n_copied * on_cpu}
                 moved = {tier: tiers.get(tier, 0.0) + seconds for tier, seconds in more.items()}
-                seconds = max(moved[CPU], moved[self.device] + moved[LINK])
+                seconds = max(moved[CPU], *(fixed + n_copied * each for fixed, each in ends))
                 best = min(best, _Layer(seconds, moved), key=lambda layer: layer.seconds)
         return best
 

@@ -104,11 +104,15 @@ class ProcessorSpeed:
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Bytes per second between host memory and a device, and the seconds that reading a single number takes."""
+    """Bytes per second between host memory and a device, and the seconds that reading a single number takes.
+
+    `is_apart` says that the device computes while it is copied to.
+    """
 
     to_device: Positive
     from_device: Positive
     round_trip: NotNegative = 0.0
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

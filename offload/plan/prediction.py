@@ -63,6 +63,8 @@ def measure_machine(
             for device in plan.devices
         }
         speed = calibration.machine(plan.gguf if expert_placement(plan).on_disk else None, cpu, devices)
+        apart = {name: backend.device.pins_host_memory for name, backend in devices.items()}
+        speed = replace(speed, links={name: replace(link, is_apart=apart[name]) for name, link in speed.links.items()})
         kinds = {kind.type for kind in plan.weight_forms.repacked_tokens}
         if not kinds:
             return speed

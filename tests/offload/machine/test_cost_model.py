@@ -188,6 +188,26 @@ def test_a_batch_streams_experts_when_that_is_faster() -> None:
     assert "link" not in predict(LOAD, Residency(0.5, 0.5), slow_link, Step(n_tokens=2), "GPU0").tier_ms
 
 
+def test_a_device_that_computes_while_it_is_copied_to_ends_sooner() -> None:
+    """With 1000 rows an expert takes the device 0.1099 ms, the CPU 100 times that, and a copy takes 0.1 ms.
+
+    Of eight, four are there and all others are copied: one after the other that takes four times the copy longer.
+    """
+    speed, step = machine(CPU, None, GPU), Step(n_tokens=4000, n_out=4000)
+    apart = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e10, 1e10, is_apart=True)})
+    in_turn, beside = (predict(LOAD, Residency(0.5, 0.5), one, step, "GPU0") for one in (speed, apart))
+    assert beside.tier_ms == in_turn.tier_ms
+    assert 4000 * (in_turn.ms_per_token - beside.ms_per_token) == pytest.approx(4 * 4 * 0.1, rel=1e-3)
+    # Where a copy takes 2 ms, each of the four is computed as soon as it is there.
+    slow = LinkSpeed(5e8, 5e8)
+    slow_speed, slow_apart = (
+        dataclasses.replace(speed, links={"GPU0": dataclasses.replace(slow, is_apart=is_apart)})
+        for is_apart in (False, True)
+    )
+    in_turn, beside = (predict(LOAD, Residency(0.5, 0.5), one, step, "GPU0") for one in (slow_speed, slow_apart))
+    assert 4000 * (in_turn.ms_per_token - beside.ms_per_token) == pytest.approx(4 * (8 - 1) * 0.1099, rel=1e-3)
+
+
 def test_experts_of_one_layer_in_one_place_are_not_side_by_side() -> None:
     """Two layers on the device and two on the CPU: one waits for the other, whatever their mean."""
     speed = machine(CPU, None, GPU)
