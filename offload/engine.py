@@ -22,6 +22,7 @@ from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel, carried_anew
+from slimoe.offload.memory.cells import Cells, common_prefix
 from slimoe.offload.model.number_check import check_numbers
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
@@ -29,7 +30,6 @@ from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
-from slimoe.offload.requests.cells import Cells, common_prefix
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots

@@ -10,11 +10,11 @@ from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.kv_cache import kv_type
-from slimoe.offload.graph.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.graph.runner import Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
+from slimoe.offload.memory.kv_cache import kv_type
+from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.model.regrouped import join_layers
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.open_tiers import Tiers, open_tiers

@@ -30,10 +30,10 @@ from slimoe.offload.experts.single_token import SingleTokenSteps, SingleWeights,
 from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.graph.exchange import Exchange, ExchangeShape
-from slimoe.offload.graph.kv_store import HOST, KVPlace
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import WeightStore, WeightSubset, load_weights
 from slimoe.offload.lossy.step import LossyStep
+from slimoe.offload.memory.kv_store import HOST, KVPlace
 from slimoe.offload.model.experts import ExpertCopy, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.tensors import ModelSources

@@ -30,7 +30,7 @@ FLOORS = {
         {"files", "resources"},
         {"gguf", "ggml"},
         {"model", "text"},
-        {"cache"},
+        {"cache", "memory"},
         {"graph", "lossy", "machine"},
         {"experts", "plan", "requests"},
         {"open_tiers"},

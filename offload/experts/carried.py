@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.cache.policy import Policy
-from slimoe.offload.graph.kv_store import KVStore
+from slimoe.offload.memory.kv_store import KVStore
 
 
 @dataclass(slots=True, eq=False)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.ggml.cpu_backend import Backend
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.memory.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
 from slimoe.offload.graph.weights import LayerWeights
+from slimoe.offload.memory.kv_cache import KVTensors
 from slimoe.offload.model.spec import ModelSpec
 
 

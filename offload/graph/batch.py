@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimoe.offload.graph.kv_cache import CELL_STEP
+from slimoe.offload.memory.kv_cache import CELL_STEP
 
 Cells = NDArray[np.int64]
 Mask = NDArray[np.float16]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
-from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.linear import add_linear, add_rms_norm
 from slimoe.offload.graph.weights import LayerWeights, RecurrentWeights
+from slimoe.offload.memory.kv_cache import KVTensors
 from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.spec import ModelSpec
 

@@ -13,10 +13,10 @@ from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.expert_lookup import ExpertLookup
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
-from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.step import build_step
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.memory.kv_cache import KVCache
 from slimoe.offload.model.spec import ModelSpec
 
 Logits = NDArray[np.float32]

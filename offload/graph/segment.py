@@ -14,11 +14,11 @@ from typing import Literal
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.kv_cache import KVCache
 from slimoe.offload.graph.linear import add_scaled
 from slimoe.offload.graph.router import Selection, add_choice, add_router
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.memory.kv_cache import KVCache
 from slimoe.offload.model.spec import ModelSpec
 
 

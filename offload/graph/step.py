@@ -22,12 +22,12 @@ from slimoe.offload.graph.expert_ffn import (
     layer_extras,
 )
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
-from slimoe.offload.graph.kv_cache import KVTensors
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
 from slimoe.offload.graph.recurrent import RecurrentBuilder
 from slimoe.offload.graph.router import Selection, add_router, aux_experts, select_experts
 from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.memory.kv_cache import KVTensors
 from slimoe.offload.model.spec import ModelSpec
 
 WATCHED_TOKENS = 4

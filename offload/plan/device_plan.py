@@ -11,7 +11,7 @@ from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
 from slimoe.offload.cache.uploads import pinned_bytes
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.graph.kv_cache import kv_bytes, state_bytes
+from slimoe.offload.memory.kv_cache import kv_bytes, state_bytes
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec

@@ -11,11 +11,11 @@ from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_byte
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.gguf.keys import MERGES, TOKENS
-from slimoe.offload.graph.kv_cache import CELL_STEP, kv_bytes, kv_type, state_bytes, state_count
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
 from slimoe.offload.machine.probe import KernelSpeed
+from slimoe.offload.memory.kv_cache import CELL_STEP, kv_bytes, kv_type, state_bytes, state_count
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.regrouped import without_experts

@@ -9,7 +9,6 @@ import numpy as np
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.graph.kv_cache import kv_type
 from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predict
 from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
@@ -17,6 +16,7 @@ from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import MachineSpeed, SpeedCurve
 from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange
 from slimoe.offload.machine.workload import Workload, workload
+from slimoe.offload.memory.kv_cache import kv_type
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
 from slimoe.offload.plan.expert_placement import ExpertPlacement, expert_placement

@@ -8,7 +8,7 @@ import numpy as np
 
 from slimoe.offload.errors import ContextOverflowError, UsageError
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.requests.cells import Sequence, Tokens
+from slimoe.offload.memory.cells import Sequence, Tokens
 from slimoe.offload.text.generation import (
     Event,
     ExchangeNow,

@@ -16,7 +16,7 @@ from slimoe.offload.cache.disk_reader import ReadFailedError
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.requests.cells import Cells, Sequence
+from slimoe.offload.memory.cells import Cells, Sequence
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.text.generation import Failed, Outcome
 

@@ -18,8 +18,8 @@ from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.gguf.header import GGUFFile
-from slimoe.offload.graph.kv_store import KVStore
-from slimoe.offload.requests.cells import Indices, Tokens
+from slimoe.offload.memory.cells import Indices, Tokens
+from slimoe.offload.memory.kv_store import KVStore
 
 MAGIC = b"SLIMOEKV1\n"
 _LENGTH_BYTES, _HASH_BYTES, _MAX_HEAD_BYTES = 4, 32, 1 << 16

@@ -13,8 +13,8 @@ import numpy as np
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import GGUFFile
-from slimoe.offload.graph.kv_store import KVStore
-from slimoe.offload.requests.cells import Cells, Sequence, Tokens
+from slimoe.offload.memory.cells import Cells, Sequence, Tokens
+from slimoe.offload.memory.kv_store import KVStore
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.requests.slot_file import SlotPlace, model_hash, read_slot, write_slot
 

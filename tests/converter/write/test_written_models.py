@@ -21,7 +21,7 @@ from slimoe.converter.write.writer import write_planned
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.graph.kv_cache import kv_bytes
+from slimoe.offload.memory.kv_cache import kv_bytes
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine

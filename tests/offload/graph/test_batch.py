@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask, make_batch
-from slimoe.offload.graph.kv_cache import CELL_STEP
+from slimoe.offload.memory.kv_cache import CELL_STEP
 
 
 def mask_of(batch: Batch) -> np.ndarray:

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError, UsageError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.graph.kv_cache import kv_bytes
+from slimoe.offload.memory.kv_cache import kv_bytes
 from slimoe.offload.model.attention_spec import Temperature
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.spec import ModelSpec

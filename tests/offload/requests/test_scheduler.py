@@ -11,7 +11,7 @@ from slimoe.offload.cache.disk_reader import ReadFailedError
 from slimoe.offload.errors import BadLogitsError, ContextOverflowError, UsageError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.runner import Logits
-from slimoe.offload.requests.cells import Cells
+from slimoe.offload.memory.cells import Cells
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.text.generation import (

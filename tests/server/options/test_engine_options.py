@@ -9,7 +9,7 @@ import pytest
 from slimoe.offload.cache import policy
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
-from slimoe.offload.graph import kv_cache
+from slimoe.offload.memory import kv_cache
 from slimoe.offload.plan.engine_config import EngineConfig, setting_names
 from slimoe.server.cli import run
 from slimoe.server.commands import plan, serve

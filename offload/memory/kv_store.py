@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
-from slimoe.offload.graph.kv_cache import KVCache
+from slimoe.offload.memory.kv_cache import KVCache
 from slimoe.offload.model.spec import ModelSpec
 
 HOST = "host"

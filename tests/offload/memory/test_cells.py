@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from slimoe.offload.requests.cells import NO_TOKENS, Cells, Sequence, common_prefix
+from slimoe.offload.memory.cells import NO_TOKENS, Cells, Sequence, common_prefix
 
 
 class Ledger:

@@ -11,8 +11,8 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.graph.kv_cache import kv_bytes
-from slimoe.offload.graph.kv_store import HOST, KVPlace, KVStore
+from slimoe.offload.memory.kv_cache import kv_bytes
+from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.model.model_file import ModelFile
 from tests.models.gguf_content import Array
 from tests.models.tiny_gguf import FineShape, write_family
