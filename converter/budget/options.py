@@ -84,7 +84,13 @@ class OptionParts:
         of_experts = [group for group in of_ffn if group.name in has_experts]
         if of_experts and len(of_experts) == len(has_experts):
             of_ffn.remove(max(of_experts, key=lambda group: group.cost))
-        return of_ffn + sorted(of_attention, key=lambda group: group.cost)[:-1]
+        recurrent = {
+            (ATTENTION, index) for index, one in enumerate(self._layers) if self._source.spec.is_recurrent(one.block)
+        }
+        attending = [group for group in of_attention if group.name not in recurrent]
+        if attending:
+            of_attention.remove(sorted(attending, key=lambda group: group.cost)[-1])
+        return of_ffn + sorted(of_attention, key=lambda group: group.cost)
 
     def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
         for number, projection in enumerate(PROJECTIONS if layer.experts else ()):

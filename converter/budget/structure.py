@@ -122,12 +122,13 @@ class _Builder:
         self.kl = 0.0
 
     def build(self) -> Structure:
-        gone = self._chosen(block_removals(self.statistics, self.source.layers), self.recipe.drop_blocks)
+        by_block = self._but_one(block_removals(self.statistics, self.source.layers))
+        gone = self._chosen(by_block, self.recipe.drop_blocks)
         blocks = [block for block in range(self.source.spec.n_layer) if block not in gone]
         by_ffn = [one for one in layer_removals(self.statistics, self.source.layers) if one.layer in blocks]
         by_attention = [one for one in attention_removals(self.statistics, self.source.layers) if one.layer in blocks]
         ffn = self._chosen(by_ffn, self.recipe.drop_ffn)
-        attention = self._chosen(by_attention, self.recipe.drop_attention)
+        attention = self._chosen(self._but_one(by_attention), self.recipe.drop_attention)
         routed = [block for block in blocks if block not in ffn and self.source.layers[block].target]
         layers = dict(zip(routed, self._experts(routed), strict=True))
         result = []
@@ -136,6 +137,12 @@ class _Builder:
             layer = without_ffn(layer) if block in ffn else layer
             result.append(without_attention(layer) if block in attention else layer)
         return Structure(tuple(result), self.kl)
+
+    def _but_one(self, ranking: Sequence[Removal]) -> Sequence[Removal]:
+        """The ranking without the last layer that has attention, where others have a recurrence: one always stays."""
+        spec = self.source.spec
+        attending = [one for one in ranking if not spec.is_recurrent(one.layer)] if spec.recurrent_layers else []
+        return [one for one in ranking if one not in attending[-1:]]
 
     def _chosen(self, ranking: Sequence[Removal], n: int) -> set[int]:
         """Layers of the first `n`, whose cost is added."""

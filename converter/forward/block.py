@@ -6,15 +6,17 @@ are rows [n, n_embd].
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
+from slimoe.converter.forward.recurrent import DeltaNet, ShortConv
 from slimoe.converter.forward.rotation import angles_of, rotate
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import (
@@ -69,20 +71,8 @@ class Attention:
     n_window: int = field(default=0, kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPass:
-    """One pass of attention over a sequence of n tokens.
-
-    `update` [n, n_embd] is what is added to the residual stream. `received` [n] are the attention weights that each
-    token gets from itself and all later ones, summed over heads. `reads` [n, n_in] are the inputs of each matrix and
-    `products` [n, n_out] its products before norms and rotation, by role; of stacks with a matrix for each head they
-    are [n, n_head, n_in] and [n, n_head, n_out].
-    """
-
-    update: Tensor
-    received: Tensor
-    reads: Mapping[str, Tensor]
-    products: Mapping[str, Tensor]
+Mixer = Attention | DeltaNet | ShortConv
+"""What mixes the tokens of a sequence in a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +166,12 @@ def _linear(source: ModelSource, layer: int, role: str, device: str) -> Linear:
     return Linear(weight, read_tensor(source, bias, device) if bias in source.shapes else None)
 
 
-def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Attention | None:
-    """A layer's attention, None where it has none; raises ModelFileError."""
+def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Mixer | None:
+    """A layer's attention, or the recurrence in its place; None where it has neither. Raises ModelFileError."""
     if not source.layers[layer].has_attention:
         return None
+    if source.spec.is_recurrent(layer):
+        return _read_recurrent(source, layer, device)
     if source.spec.attention.latent:
         return _read_latent(source, layer, device)
     q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
@@ -191,6 +183,19 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Atte
     factors = (short, long) if whole is None else (whole, whole)
     norm, sinks = _norm(source, layer, "attn_norm", device), _optional(source, block_key(layer, "attn_sinks"), device)
     return Attention(norm, q, k, v, out, *factors, *norms, sinks=sinks, n_window=source.spec.window(layer))
+
+
+def _read_recurrent(source: ModelSource, layer: int, device: str) -> DeltaNet | ShortConv:
+    def read(role: str, kind: str = "weight") -> Tensor:
+        return read_tensor(source, block_key(layer, role, kind), device)
+
+    norm = _norm(source, layer, "attn_norm", device)
+    if source.spec.architecture.recurrence == "short_conv":
+        return ShortConv(norm, *(read(f"shortconv.{role}") for role in ("in_proj", "conv", "out_proj")))
+    roles = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
+    inputs = {role: read(role) for role in roles if block_key(layer, role) in source.shapes}
+    taps, decay, step_bias = read("ssm_conv1d"), read("ssm_a", ""), read("ssm_dt", "bias")
+    return DeltaNet(norm, inputs, taps, decay, step_bias, read("ssm_norm"), read("ssm_out"))
 
 
 def _read_latent(source: ModelSource, layer: int, device: str) -> Attention:
@@ -273,11 +278,13 @@ def read_aux_vectors(source: ModelSource, layer: int, device: str = "cpu") -> Au
     return AuxVectors(*(read_tensor(source, block_key(layer, role), device) for role in (AUX_GAIN, AUX_SHIFT)))
 
 
-def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
+def attend(block: Mixer, spec: ModelSpec, h: Tensor) -> AttentionPass:
     """Causal attention of one sequence [n, n_embd] from its first token on; `update` is still to be added to `h`.
 
     It goes from one group of heads to the next, so that the attention weights of one group are held at a time.
     """
+    if not isinstance(block, Attention):
+        return block.run(spec, h)
     n = h.shape[0]
     x = block.norm(h)
     factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
@@ -300,6 +307,8 @@ def attend(block: Attention, spec: ModelSpec, h: Tensor) -> AttentionPass:
     if block.latent is not None and block.latent.v is not None:
         reads["attn_v_b"] = output
         output = products_of["attn_v_b"] = torch.einsum("nhr,hvr->nhv", output, block.latent.v)
+    if heads.gates is not None:
+        output = output * heads.gates.sigmoid()
     reads["attn_output"] = output.flatten(1)
     last = products_of["attn_output"] = block.out(reads["attn_output"])
     return AttentionPass(spec.multipliers.residual * last, received, reads, products_of)
@@ -312,14 +321,17 @@ def _heads_of(block: Attention, spec: ModelSpec, x: Tensor, angles: tuple[Tensor
         heads, role = block.latent.heads(spec, q, k, angles), "attn_q" if block.latent.q is None else "attn_q_a"
         reads, products = {role: x, "attn_kv_a_mqa": x}, {role: q, "attn_kv_a_mqa": k}
         return replace(heads, reads=reads | dict(heads.reads), products=products | dict(heads.products))
-    v = block.v(x)
+    v, rows, gates = block.v(x), q, None
+    if spec.attention.is_gated:
+        both = q.view(len(q), spec.n_head, 2, spec.n_embd_head)
+        rows, gates = both[:, :, 0].flatten(1), both[:, :, 1]
     queries, keys = (
         _normed_heads(rotate(_heads(part, norm, spec), *angles, spec.architecture.rope), norm, spec)
-        for part, norm in ((q, block.q_norm), (k, block.k_norm))
+        for part, norm in ((rows, block.q_norm), (k, block.k_norm))
     )
     values = v.view(len(v), spec.n_head_kv, spec.n_embd_head)
     products = {"attn_q": q, "attn_k": k, "attn_v": v}
-    return Heads(queries, keys.unbind(1), values.unbind(1), dict.fromkeys(products, x), products)
+    return Heads(queries, keys.unbind(1), values.unbind(1), dict.fromkeys(products, x), products, gates)
 
 
 def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:

@@ -19,7 +19,8 @@ from slimoe.offload.model.spec import ModelSpec
 class Heads:
     """Queries [n, n_head, n_key], and the keys [n, n_key] and values [n, n_value] of each group of heads, in order.
 
-    `reads` has what the matrices read that made them, and `products` what these made of it, by role.
+    `reads` has what the matrices read that made them, and `products` what these made of it, by role. Outputs are
+    multiplied with the sigmoid of `gates` [n, n_head, n_value], if there are any.
     """
 
     queries: Tensor
@@ -27,6 +28,7 @@ class Heads:
     values: tuple[Tensor, ...]
     reads: Mapping[str, Tensor]
     products: Mapping[str, Tensor]
+    gates: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
-    AttentionPass,
     Expert,
     Router,
     Routing,

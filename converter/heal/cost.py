@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from slimoe.converter.forward.pass_time import pass_seconds
+from slimoe.converter.forward.recurrent import CHUNK
 from slimoe.converter.heal.lesson import N_BATCH, HealTexts
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.offload.errors import DoesNotFitError
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.resources.memory import available_bytes, human
 
@@ -66,7 +68,16 @@ def _values_of_layer(spec: ModelSpec, n_longest: int) -> int:
     """Values of a token that a layer's backward pass needs from its forward pass, at most."""
     attention = 12 * spec.n_embd + 4 * spec.attention.n_output + 4 * spec.n_head * n_longest
     experts = (spec.n_expert_used + 1) * (6 * max(spec.n_ff, spec.experts.n_ff_shared) + 4 * spec.n_embd)
-    return attention + experts + spec.n_expert_aux * 4 * spec.n_embd
+    mixing = attention if spec.recurrent is None else max(attention, _values_of_recurrence(spec, spec.recurrent))
+    return mixing + experts + spec.n_expert_aux * 4 * spec.n_embd
+
+
+def _values_of_recurrence(spec: ModelSpec, recurrent: RecurrentSpec) -> int:
+    """The same of a recurrent layer: what its convolution and its heads read, and of a delta net's chunks what tokens
+    mean for each other, and the state.
+    """
+    per_head = 12 * recurrent.n_state + 6 * CHUNK + 3 * recurrent.n_state**2 // CHUNK
+    return 12 * spec.n_embd + 4 * recurrent.n_channels + recurrent.n_rank * per_head
 
 
 def pass_estimate(source: ModelSource, texts: HealTexts, device: str) -> float:

@@ -29,7 +29,7 @@ def trained_keys(model: ModelSource) -> tuple[MatrixKey, ...]:
     for key, shape in model.shapes.items():
         blocks = model.blocks(key)
         is_small = len(shape) == 1 or any(part in key.name for part in _MATRICES)
-        is_own = key.name.startswith(("blk.", "output")) and f".{CHOICE_BIAS}." not in key.name
+        is_own = key.name.startswith(("blk.", "output", "token_embd_norm.")) and f".{CHOICE_BIAS}." not in key.name
         if is_small and is_own and blocks is not None and blocks.type is Type.F32:
             keys.append(key)
     return tuple(keys)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.block import (
-    Attention,
     Expert,
+    Mixer,
     Router,
     Routing,
     SharedExpert,
@@ -29,12 +29,12 @@ from slimoe.converter.forward.stream import HiddenStates, Sequences
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
-from slimoe.converter.stats.statistics import Removals, Sensitivity, Single
+from slimoe.converter.stats.statistics import Removals, Sensitivity, Single, has_plain_attention
 from slimoe.offload.errors import BadLogitsError
 
 _ROWS_AT_ONCE = 4096
 _PLAIN = {"attn_q": "q", "attn_k": "k", "attn_v": "v"}
-"""The fields of `Sensitivity` of the matrices that attention has unless it is latent."""
+"""The fields of `Sensitivity` of the matrices that plain attention has."""
 
 
 def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,7 +152,7 @@ class Backward:
             chances = logits.detach().softmax(-1)
             self._ends.add("output", head.scale * (chances * (1 - chances)).sqrt())
 
-    def _find_middle(self, layer: int, attention: Attention | None) -> None:
+    def _find_middle(self, layer: int, attention: Mixer | None) -> None:
         """Computes the residual stream between attention and feed-forward part again."""
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device)
@@ -281,8 +281,8 @@ class Backward:
             self._gradient[rows] += by_middle.cpu()
         return along
 
-    def _attention(self, layer: int, attention: Attention) -> None:
-        names = {"attn_output": "attention"} | (_PLAIN if attention.latent is None else {})
+    def _attention(self, layer: int, attention: Mixer) -> None:
+        names = {"attn_output": "attention"} | (_PLAIN if has_plain_attention(self.source.spec, layer) else {})
         self._removals[layer].add_attention(self._along_attention(layer))
         for begin, end in self.sequences.spans():
             h = self.states.before[layer][begin:end].to(self.device).requires_grad_()

@@ -91,7 +91,7 @@ def read_importance(path: Path, model: ModelSource) -> GivenImportance:
     n_matrices: Counter[str] = Counter()
     for key, shape in model.shapes.items():
         n_matrices[key.name] += math.prod(shape[:-2])
-    given = GivenImportance(path, imatrix.apart(), metadata, n_matrices)
+    given = GivenImportance(path, imatrix.apart(n_matrices.keys()), metadata, n_matrices)
     strange = sorted(given.imatrix.entries.keys() - given.n_matrices.keys() - {_OUTPUT})
     if strange:
         raise UsageError(f"{path} knows {strange[0]}, which the model does not have. {_OF_THIS_MODEL}")

@@ -5,7 +5,7 @@ tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and t
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,11 +93,15 @@ class Imatrix:
             raise UsageError(f"The imatrix knows {len(entry.counts)} of {key.name}. Give the imatrix of this model.")
         return entry.means(max(0, key.expert))
 
-    def apart(self) -> "Imatrix":
-        """The same, with what attention's joined input reads named for queries, keys and values, which read it all."""
+    def apart(self, known: Collection[str]) -> "Imatrix":
+        """The same, with what attention's joined input reads named for queries, keys and values, which read it all.
+
+        What a model has a tensor of, by the names of `known`, keeps its name.
+        """
         entries: dict[str, InputSquares] = {}
         for name, entry in self.entries.items():
-            entries |= dict.fromkeys((name.replace(_JOINED, f".attn_{part}.") for part in "qkv"), entry)
+            parts = (name.replace(_JOINED, f".attn_{part}.") for part in "qkv")
+            entries |= dict.fromkeys([name] if name in known else parts, entry)
         return replace(self, entries=entries)
 
     def joined(self) -> "Imatrix":

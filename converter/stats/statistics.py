@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from slimoe.offload.model.spec import ModelSpec
+
 Int = NDArray[np.int64]
 Double = NDArray[np.float64]
 Single = NDArray[np.float32]
@@ -76,15 +78,23 @@ class OutputSums:
     share_square_output: Single
 
 
+def has_plain_attention(spec: ModelSpec, layer: int) -> bool:
+    """Whether what mixes tokens in a layer has queries, keys and values of its input: no recurrence, nor MLA.
+
+    Statistics have fields for these three; those of all other matrices are by role.
+    """
+    return spec.attention.latent is None and not spec.is_recurrent(layer)
+
+
 @dataclass(frozen=True, slots=True)
 class InputSums:
     """Sums of squares of the inputs of each matrix, for importance-weighted quantisation. (A10)
 
     `expert` [E, d] are those of gate and up of each expert, `hidden` [E, f] of its down; `attention` [d] of q, k and v,
     `mixed` [n_head * n_embd_head] of attn_output; `router` [d] of the router. `others` has those of a dense layer's
-    ffn_gate, ffn_up and ffn_down, of a shared expert's ffn_down_shexp, and of the matrices of latent attention in place
-    of `attention`, by role: [n_in], and [n_head, n_in] of stacks with a matrix for each head. Arrays of parts that a
-    layer does not have are empty.
+    ffn_gate, ffn_up and ffn_down, of a shared expert's ffn_down_shexp, and in place of `attention` of the matrices of
+    latent attention or of a recurrence, by role: [n_in], and [n_head, n_in] of stacks with a matrix for each head.
+    Arrays of parts that a layer does not have are empty.
     """
 
     expert: Single
@@ -181,8 +191,9 @@ class Sensitivity:
     A token's label is drawn from the model's own prediction, so that half a squared error times the sensitivity is the
     KL divergence in nats, to second order. `update` [d] is by the feed-forward part's output y. The others are by the
     output of each matrix: `gate` and `up` [E, f] and `down` [E, d], with w included and divided by the number of all
-    tokens, `q`, `k`, `v` and `attention` (attn_output's), each [n_out], and `others` of a shared expert and of latent
-    attention's matrices by role, [n_out] or [n_head, n_out]. A dense feed-forward part is one expert.
+    tokens, `q`, `k`, `v` and `attention` (attn_output's), each [n_out], and `others` of a shared expert and of the
+    matrices of latent attention or of a recurrence by role, [n_out] or [n_head, n_out]. A dense feed-forward part is
+    one expert.
     """
 
     update: Single

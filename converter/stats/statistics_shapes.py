@@ -9,15 +9,20 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, block_key, expert_key
-from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics
+from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics, has_plain_attention
 from slimoe.converter.stats.type_costs import priced_matrices
 
 _Group = tuple[str, object, Mapping[str, str], Mapping[str, int]]
 """How the names of arrays begin, what has the arrays, their shapes, and the sizes that words in shapes stand for."""
 _ROUTED = ("router", "outputs", "trace")
 """The groups of statistics that every layer with experts has."""
-_LATENT = tuple(f"attn_{role}" for role in ("q", "q_a", "q_b", "kv_a_mqa", "k_b", "v_b", "kv_b"))
-"""The roles of what latent attention has in place of queries, keys and values, as far as a file has them."""
+_MIXING = (
+    *(f"attn_{role}" for role in ("q", "q_a", "q_b", "kv_a_mqa", "k_b", "v_b", "kv_b", "qkv", "gate")),
+    *(f"ssm_{role}" for role in ("alpha", "beta", "ba", "out")),
+    *(f"shortconv.{role}" for role in ("in_proj", "out_proj")),
+)
+"""The roles of what latent attention has in place of queries, keys and values, or a recurrence, as far as files have
+them."""
 _WHOLE: Mapping[str, str] = {
     "output_input": "d",
     "token_count": "vocabulary",
@@ -96,10 +101,11 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
     # A dense feed-forward part is measured like one expert.
     n_parts = of.n_stored or int(of.has_ffn)
     gates = [expert_key(number, "gate", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_gate")]
+    is_plain = of.has_attention and has_plain_attention(spec, number)
     heads = {
-        role: source.shapes[block_key(number, role)][0] if of.has_attention and not spec.attention.latent else 0
-        for role in ("attn_q", "attn_k", "attn_v")
+        role: source.shapes[block_key(number, role)][0] if is_plain else 0 for role in ("attn_q", "attn_k", "attn_v")
     }
+    n_mixed = spec.attention.n_output if of.has_attention and not spec.is_recurrent(number) else 0
     return heads | {
         "E": of.n_stored,
         "R": len(of.target),
@@ -107,9 +113,9 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "d": spec.n_embd,
         "f": max(source.shapes[key][0] for key in gates) if n_parts else 0,
         "parts": n_parts,
-        "attention": spec.n_embd if of.has_attention else 0,
-        "read": spec.n_embd if of.has_attention and not spec.attention.latent else 0,
-        "mixed": spec.attention.n_output if of.has_attention else 0,
+        "attention": spec.n_embd if n_mixed else 0,
+        "read": spec.n_embd if is_plain else 0,
+        "mixed": n_mixed,
         "routed": spec.n_embd if of.target else 0,
         "next": len(later.target) if later is not None else 0,
         "bins": N_BINS,
@@ -122,15 +128,17 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
 
 
 def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterator[_Group]:
-    """The sums by role of what every token passes: a dense feed-forward part, a shared expert, latent attention."""
+    """The sums by role of what every token passes: a dense feed-forward part, a shared expert, and what mixes tokens
+    otherwise than plain attention.
+    """
     routed = bool(source.layers[number].target)
     roles = [f"ffn_{name}{'_shexp' if routed else ''}" for name in PROJECTIONS]
     shapes = {role: source.shapes.get(block_key(number, role)) for role in roles}
     known = {role: shape for role, shape in shapes.items() if shape is not None}
     read = {role: str(shape[1]) for role, shape in known.items() if not routed or role == roles[-1]}
     made = {role: str(shape[0]) for role, shape in known.items() if routed}
-    if source.spec.attention.latent and source.layers[number].has_attention:
-        for role in _LATENT:
+    if source.layers[number].has_attention and not has_plain_attention(source.spec, number):
+        for role in _MIXING:
             *stack, n_out, n_in = map(str, source.shapes.get(block_key(number, role), ("", "")))
             if n_out:
                 made[role], read[role] = " ".join((*stack, n_out)), " ".join((*stack, n_in))

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, Routing
 from slimoe.converter.source.model_source import ModelSource, expert_key
-from slimoe.converter.stats.statistics import GramSample, InputSums, OutputSums, SimilaritySums, TokenTrace
+from slimoe.converter.stats.statistics import (
+    GramSample,
+    InputSums,
+    OutputSums,
+    SimilaritySums,
+    TokenTrace,
+    has_plain_attention,
+)
 
 
 class OutputTotals:
@@ -76,13 +83,12 @@ class InputTotals:
 
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
-        latent = spec.attention.latent if of.has_attention else None
-        self._is_plain = latent is None
+        self._is_plain = of.has_attention and has_plain_attention(spec, layer)
         self._expert = np.zeros((of.n_stored, spec.n_embd))
         self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
-        self._attention = np.zeros(spec.n_embd if of.has_attention and latent is None else 0)
-        self._mixed = np.zeros(spec.attention.n_output if of.has_attention else 0)
+        self._attention = np.zeros(spec.n_embd if self._is_plain else 0)
+        self._mixed = np.zeros(spec.attention.n_output if of.has_attention and not spec.is_recurrent(layer) else 0)
         self._router = np.zeros(spec.n_embd if of.target else 0)
         self._suffix = "_shexp" if of.target else ""
         self._others: dict[str, NDArray[np.float64]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimoe.converter.forward.block import Expert, Linear, Router, read_expert, read_output_norm, read_router, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
-from slimoe.converter.layout.layer import ROUTER, Matrix
+from slimoe.converter.layout.layer import ROUTER, Matrix, is_attention
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
 from slimoe.converter.methods.expert_matrices import merged_vectors
 from slimoe.converter.methods.router_refit import refit
@@ -198,7 +198,7 @@ class FeedbackQuantiser:
             return None
         if matrix.key.expert >= 0:
             return self._expert_sums(matrix)
-        if not role.startswith("attn_"):
+        if not is_attention(role):
             inputs = [one.input() for one in passes]
             if role.startswith("ffn_down"):
                 inputs = [_always(one).hidden(x) for one, x in zip(passes, inputs, strict=True)]

@@ -28,8 +28,11 @@ from slimoe.offload.errors import UsageError
 
 N_TOKENS = 16384
 """Of the calibration's, at most, which run through the result as it grows."""
-ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa")
-"""The matrices that read attention's input."""
+ATTENTION_INPUT = (
+    *("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa", "attn_qkv", "attn_gate"),
+    *("ssm_alpha", "ssm_beta", "ssm_ba", "shortconv.in_proj"),
+)
+"""The matrices that read attention's input, or that of a recurrence in its place."""
 _LEFT = 0.35
 """What feedback leaves of a type's cost, on average: 0.31 to 0.36 from 2 to 6 bits on matrices of a trained model. In
 single ones it is 0.13 to 0.5, by how far their inputs follow from each other."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
-    AttentionPass,
     Expert,
     Router,
     Routing,

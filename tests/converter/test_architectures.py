@@ -33,7 +33,7 @@ def logits(path: Path) -> Array:
         return engine.read(TOKENS, len(TOKENS)).copy()
 
 
-@pytest.mark.parametrize("name", [*CONVERTED, *LATENT])
+@pytest.mark.parametrize("name", [*CONVERTED, *LATENT, *RECURRENT])
 def test_torch_computes_what_the_engine_does(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)
     source = gguf_source(path)

@@ -17,6 +17,7 @@ from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.forward.block import (
+    Attention,
     attend,
     read_attention,
     read_dense,
@@ -28,7 +29,9 @@ from slimoe.converter.forward.block import (
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
+from slimoe.converter.layout.layer import is_attention
 from slimoe.converter.layout.plan import Format
+from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows, quantize_rows
 from slimoe.converter.recipe.fields import SourceSizes
 from slimoe.converter.recipe.recipe import ExpertRecipe, FitRecipe, Recipe, StorageRecipe
@@ -60,6 +63,7 @@ ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss", "bailingmoe2")
 biases of experts, windows and sinks; joined queries, keys and values; latent attention.
 """
 LATENT = ("deepseek2", "deepseek2-old", "mistral4")
+RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe")
 SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
 TOKENS = random_tokens(40, SHAPE.n_vocab)
 SEED = 3
@@ -68,6 +72,7 @@ SEED = 3
 def of(path: Path, name: str) -> ModelSource:
     """A model of an architecture; that of queries, keys and values in one has four experts in each of four groups."""
     shape = replace(SHAPE, n_expert=16) if name == "bailingmoe2" else SHAPE
+    shape = replace(SHAPE, n_layer=4) if name in RECURRENT else shape
     return gguf_source(write_family(path, name, shape=shape))
 
 
@@ -91,7 +96,7 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
     return y + scale * down, {"ffn_gate_shexp": gate, "ffn_up_shexp": up, "ffn_down_shexp": down}
 
 
-@pytest.mark.parametrize("name", [*ROWS, *LATENT])
+@pytest.mark.parametrize("name", [*ROWS, *LATENT, *RECURRENT])
 def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: Path, name: str) -> None:
     source = of(tmp_path / "m.gguf", name)
     sequences, scales = Sequences((tuple(TOKENS),)), source.spec.multipliers
@@ -100,21 +105,22 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
     labels = draw_labels(head(run(source, sequences)), torch.Generator().manual_seed(SEED))
     rows = torch.from_numpy(source.read(MatrixKey("token_embd.weight"))[TOKENS]).requires_grad_()
     h, ys, products = scales.embedding * rows, [], []
-    for layer in range(SHAPE.n_layer):
+    for layer in range(source.spec.n_layer):
         attention = read_attention(source, layer)
         assert attention is not None
+        is_plain = isinstance(attention, Attention) and attention.latent is None
         seen = attend(attention, source.spec, h)
         h = h + seen.update
         y, others = feed_forward(source, layer, h)
         ys.append(y)
-        products.append(others | (dict(seen.products) if attention.latent else {}))
+        products.append(others | ({} if is_plain else dict(seen.products)))
         h = h + scales.residual * y
     likelihood = head(h).log_softmax(-1).gather(1, labels[:, None]).sum()
     leaves = [rows, *ys, *(one for some in products for one in some.values())]
     by_rows, *by_others = torch.autograd.grad(likelihood, leaves)
     n = len(TOKENS)
     np.testing.assert_allclose(measured.token, by_rows.square().sum(0) / n, rtol=1e-3)
-    by_products = iter(by_others[SHAPE.n_layer :])
+    by_products = iter(by_others[source.spec.n_layer :])
     for layer, (y, by_y) in enumerate(zip(ys, by_others, strict=False)):
         found = measured.layers[layer]
         np.testing.assert_allclose(found.update, by_y.square().sum(0) / n, rtol=1e-3)
@@ -151,13 +157,13 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     return make
 
 
-@pytest.mark.parametrize("name", [*ROWS, *LATENT])
+@pytest.mark.parametrize("name", [*ROWS, *LATENT, *RECURRENT])
 def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: str) -> None:
     source, statistics = calibrated(name)
     known = set(imatrix_of(statistics).entries)
     unread = ("token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight")
     weights = [key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name.endswith(".weight")]
-    matrices = {name for name in weights if name not in unread}
+    matrices = {name for name in weights if not name.endswith((*unread, "ssm_conv1d.weight", "shortconv.conv.weight"))}
     assert known == matrices | {"output.weight"}
 
 
@@ -193,6 +199,10 @@ STOCK = {
     "groups, averaged by outputs": ("bailingmoe2", ExpertRecipe(8, merge="hc-smoe"), F32),
     "groups, averaged by logits": ("bailingmoe2", ExpertRecipe(12, merge="m-smoe"), F32),
     "groups, joined": ("bailingmoe2", ExpertRecipe(8, merge="neurons"), F32),
+    "grouped delta nets": ("qwen3next", ExpertRecipe(6, "reap"), F32),
+    "delta nets": ("qwen35moe", ExpertRecipe(4, merge="m-smoe"), F32),
+    "delta nets' types": ("qwen35moe", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
+    "short convolutions": ("lfm2moe", ExpertRecipe(4, merge="hc-smoe"), F32),
 }
 
 
@@ -225,6 +235,10 @@ NATIVE = {
     "groups": ("bailingmoe2", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "groups, merged": ("bailingmoe2", Recipe(experts=ExpertRecipe(6, merge="m-smoe"), types=F32)),
     "norms and biases": ("phimoe", Recipe(experts=ExpertRecipe(6), types=F32)),
+    "delta nets, constants": ("qwen3next", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
+    "a block with a delta net less": ("qwen35moe", Recipe(drop_blocks=1, types=F32)),
+    "no delta net": ("qwen35moe", Recipe(drop_attention=1, types=F32)),
+    "short convolutions, merged": ("lfm2moe", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
 }
 
 
@@ -312,6 +326,18 @@ def test_biases_of_a_router_are_averaged_with_its_rows(
         assert value == pytest.approx(np.average(biases[own], weights=weights), rel=1e-5, abs=1e-6)
 
 
+def test_the_last_layer_with_attention_stays_among_recurrent_ones(calibrated: Calibrated) -> None:
+    source, statistics = calibrated("qwen35moe")
+    assert source.spec.attention_layers == (1,)
+    plan = plan_compression(source, statistics, Recipe(drop_attention=3, types=F32))
+    assert [layer.has_attention for layer in plan.layers] == [False, True, False, False]
+    plan = plan_compression(source, statistics, Recipe(drop_blocks=3, types=F32))
+    assert [layer.block for layer in plan.layers] == [1]
+    for recipe in (Recipe(drop_attention=4, types=F32), Recipe(drop_blocks=4, types=F32)):
+        with pytest.raises(UsageError, match="Only 3 parts of the model can be removed, not 4"):
+            plan_compression(source, statistics, recipe)
+
+
 def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
     source, _ = calibrated("qwen2moe")
     with pytest.raises(UsageError, match="slimoe calibrate"):
@@ -320,7 +346,7 @@ def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
         parse_recipe('format = "stock"\n[experts]\norder = "co-selection"', SourceSizes(2, 8, 256))
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *LATENT])
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *LATENT, *RECURRENT])
 def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe(candidates=("Q4_0", "Q8_0"))
@@ -331,9 +357,11 @@ def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path
     budget = 6.5 * sum(map(math.prod, source.shapes.values())) / 8
     assert 0.93 * budget < path.stat().st_size == report.n_bytes <= budget
     tensors = read_gguf(path).tensors
-    assert {tensors[f"blk.1.ffn_{part}_shexp.weight"].type.name for part in ("gate", "down")} <= {"Q4_0", "Q8_0"}
-    matrices = [one.type.name for key, one in tensors.items() if key.startswith("blk.1.attn_") and len(one.ne) > 1]
-    assert set(matrices) <= {"Q4_0", "Q8_0"}
+    apart = ("_conv1d", "conv.conv", "_gate_inp.")
+    matrices = [key for key, one in tensors.items() if len(one.ne) > 1 and not any(part in key for part in apart)]
+    assert {tensors[key].type.name for key in matrices} <= {"Q4_0", "Q8_0"}
+    assert any(key.startswith("blk.1.attn_") for key in matrices)
+    assert any("_shexp" in key for key in matrices) == bool(source.spec.experts.n_ff_shared)
     assert {one.type.name for key, one in tensors.items() if "exp_probs_b" in key} <= {"F32"}
     with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
         assert np.isfinite(baseline.score(TOKENS)).all()
@@ -385,7 +413,7 @@ def test_rows_of_a_router_among_those_of_another_group_are_refused(calibrated: C
         write_planned(source, replace(plan, layers=(plan.layers[0], mixed)), tmp_path / "m.gguf", statistics)
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", *LATENT])
+@pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", *LATENT, *RECURRENT])
 def test_feedback_sees_the_stream_of_the_file_that_it_makes(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe("F16", attention="Q4_0", token="F16", output="F16")
@@ -414,16 +442,17 @@ def test_a_size_is_met_with_mxfp4_where_matrices_have_it_already(tmp_path: Path)
     assert {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types} == {"MXFP4"}
 
 
-@pytest.mark.parametrize("name", ["deepseek2-old", "mistral4"])
-def test_prices_of_latent_attention_are_what_it_costs(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["deepseek2-old", "mistral4", *RECURRENT])
+def test_prices_of_latent_attention_and_recurrences_are_what_they_cost(tmp_path: Path, name: str) -> None:
     """Within a factor of two, each matrix quantised alone; tokens select all experts, so that none moves to others."""
-    shape = replace(SHAPE, n_expert_used=SHAPE.n_expert)
+    shape = replace(SHAPE, n_layer=3 if name in RECURRENT else 2, n_expert_used=SHAPE.n_expert)
     source, kind = gguf_source(write_family(tmp_path / "m.gguf", name, shape=shape)), GGMLQuantizationType.Q8_0
     statistics = calibrated_on(source, tmp_path / "part")
     tokens, costs = Sequences(statistics.tokens), measure_type_costs(source, statistics, types=(kind.name,))
     wanted = final_logits(source, run(source, tokens)).log_softmax(-1)
-    keys = [key for key in costs.costs if key.name.startswith("blk.1.attn_")]
-    assert {"attn_q_b", "attn_output"} < {key.name.split(".")[2] for key in keys}
+    last = f"blk.{shape.n_layer - 1}."
+    keys = [key for key in costs.costs if key.name.startswith(last) and is_attention(layer_and_role(key.name)[1])]
+    assert len(keys) >= 2
     for key in keys:
         n_per_row = source.shapes[key][-1]
         rows = np.ascontiguousarray(source.read(key).reshape(-1, n_per_row))

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
-from slimoe.converter.forward.block import AttentionPass
+from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.offload.ggml.struct import Tensor, array_at, tensor_at

@@ -10,7 +10,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import AttentionPass, attend, read_attention, read_expert
+from slimoe.converter.forward.attention_pass import AttentionPass
+from slimoe.converter.forward.block import attend, read_attention, read_expert
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.norms import rms_norm
 from slimoe.converter.forward.stream import Observer, Sequences, run

@@ -128,7 +128,7 @@ def test_an_imatrix_names_the_joined_input_of_attention(stock: Path, tmp_path: P
     plain = convert(replace(options, imatrix=None, target=tmp_path / "plain.gguf")).path
     written = (file_tensors(one)["blk.0.attn_qkv.weight"].data for one in (convert(options).path, plain))
     assert not np.array_equal(*written)
-    assert imatrix.apart().joined().entries.keys() == entries.keys()
+    assert imatrix.apart(()).joined().entries.keys() == entries.keys()
 
 
 @pytest.mark.parametrize(
