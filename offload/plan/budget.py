@@ -77,23 +77,27 @@ def decide_budget(
     `ram` is for all our processes; of these, others than this one hold `held_bytes` already, which need not be free.
     `vram` has one size for all devices or one for each. auto, or None, is what is free, less a margin: `memory`
     knows which on the host; a device keeps a sixteenth of its memory, at most 1 GiB, for screens and for what its
-    driver allocates while it computes. What devices take that share the host's memory is taken off the host's. Raises
-    UsageError for what is no size, and for sizes that do not match the devices.
+    driver allocates while it computes. What devices take that share the host's memory is taken off the host's: together
+    at most three quarters. Raises UsageError for what is no size, and for sizes that do not match the devices.
     """
     notes: list[str] = []
     taken: list[int] = []
     holdable = memory.holdable + held_bytes
+    # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
+    lendable = left = holdable * 3 // 4
+    each = left // max(1, sum(device.shares_host_memory for device in devices))
     for size, device in zip(_per_device(vram, devices), devices, strict=True):
         asked, free = parse_size(size, device.total_bytes, "--vram"), device.free_bytes
         if asked is None:
             free -= min(_LARGEST_DEVICE_MARGIN, device.total_bytes // 16)
         if device.shares_host_memory:
-            # Apple's limit for what a device may hold of the memory it shares is about as much; the rest is the host's.
-            free = min(free, holdable * 3 // 4)
+            free = min(free, left, left if asked is not None else each)
         if asked is not None and asked > free:
             notes.append(_short("--vram", asked, free, device.name))
         taken.append(max(0, free if asked is None else min(asked, free)))
-    shared = sum(size for size, device in zip(taken, devices, strict=True) if device.shares_host_memory)
+        if device.shares_host_memory:
+            left -= taken[-1]
+    shared = lendable - left
     asked = parse_size(AUTO if ram is None else ram, memory.limit)
     free = max(0, (holdable if asked is None else memory.grantable + held_bytes) - shared)
     if asked is not None and asked > free:

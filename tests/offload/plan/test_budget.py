@@ -145,6 +145,19 @@ def test_memory_that_is_shared_is_given_once() -> None:
     assert decide_budget("30GiB", ("10GiB",), (shared,), MEMORY).ram == 22 * GIB + LESS_FREE
 
 
+def test_devices_that_share_memory_leave_a_quarter_to_the_host_together() -> None:
+    pair = [Card(name, 40 * GIB, 48 * GIB, shares_host_memory=True) for name in ("Vulkan0", "RPC0")]
+    auto = decide_budget(None, (), (*pair, Card()), MEMORY)
+    assert auto.vram == (12 * GIB, 12 * GIB, 21 * GIB)
+    assert auto.ram == FREE - 24 * GIB
+    asked = decide_budget(None, ("20GiB", "auto"), pair, MEMORY)
+    assert asked.vram == (20 * GIB, 4 * GIB)
+    assert asked.ram == FREE - 24 * GIB
+    greedy = decide_budget("4GiB", ("20GiB", "20GiB"), pair, MEMORY)
+    assert (greedy.ram, greedy.vram) == (4 * GIB, (20 * GIB, 4 * GIB))
+    assert greedy.notes == ("--vram is 20.00 GiB, but RPC0 has 4.00 GiB to give now: taking no more than that.",)
+
+
 def test_an_empty_size_is_not_auto() -> None:
     with pytest.raises(UsageError, match="--ram is '', which is no size"):
         decide_budget("", (), (), MEMORY)
