@@ -15,7 +15,7 @@ from slimoe.offload.errors import UnsupportedModelError
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("moe_intermediate_size", "intermediate_size")  # a class that has both means dense layers by the second
 _SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_experts")
-_DENSE_COUNTS = ("first_k_dense_replace", "moe_layer_start_index")
+_DENSE_COUNTS = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 """The names that classes have for the number of experts, an expert's width, the number of shared experts, which are as
 wide, and that of the dense layers before those with experts."""
 _BY_LAYER = ("layer_types", "mlp_layer_types", "num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert")
@@ -65,6 +65,8 @@ def class_config(
         put(_SHARED_COUNTS, old.experts.n_ff_shared // sizes.n_ff)
     if old.experts.layers:
         put(_DENSE_COUNTS, sizes.n_dense)
+    if old.kinds:
+        fields["layer_types"] = list(old.kinds)
     _put_layers(fields, old, sizes.blocks)
     if old.n_layer_nextn:
         put(("num_nextn_predict_layers",), 0)

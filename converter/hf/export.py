@@ -21,7 +21,7 @@ from slimoe.converter.source.families.config import ConfigClass
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.quantiser import statistics_importance
-from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from slimoe.offload.files.whole_file import Destination, free_bytes, whole_directory, write_whole
 from slimoe.offload.gguf import keys
 
@@ -76,6 +76,9 @@ def lay_out_checkpoint(
     checkpoint = Checkpoint.open(source.path)
     family, config = read_model_config(checkpoint)
     class_name = checkpoint.read_config(ConfigClass).name
+    if family.nested is not None:
+        problem = f"of a {class_name} the language model alone is read, and none is written."
+        raise UnsupportedModelError(source.path, problem, "Write a GGUF file, without --hf.")
     check_class(source, class_name, plan)
     shapes = [layer_shape(source, layer) for layer in plan.layers]
     routed = next(shape for shape in shapes if shape.n_expert)

@@ -16,7 +16,7 @@ from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
-from slimoe.offload.model.architectures import DOTS1, OLMOE
+from slimoe.offload.model.architectures import DOTS1, LFM2MOE, OLMOE
 from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
 from slimoe.offload.model.native_layout import NativeLayout
 from slimoe.offload.model.spec import ModelSpec
@@ -41,6 +41,11 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
         heads = f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries"
         name = spec.architecture.models
         return f"llama.cpp loads no {name} model with fewer heads of keys than of queries, and {heads}."
+    if spec.architecture is LFM2MOE and spec.n_head * spec.n_embd_head != spec.n_embd:
+        name, n_values = spec.architecture.models, spec.n_head * spec.n_embd_head
+        return (
+            f"llama.cpp loads no {name} model whose heads have other than {spec.n_embd} values, and these {n_values}."
+        )
     return None
 
 

@@ -17,12 +17,14 @@ from slimoe.converter.source.families import (
     gptoss,
     granite,
     hunyuan,
+    lfm,
     ling,
     llama,
     minimax,
     olmoe,
     phi,
     qwen,
+    qwen_next,
 )
 from slimoe.converter.source.families.config import ConfigClass, ModelConfig
 from slimoe.converter.source.families.family import Family
@@ -37,7 +39,7 @@ from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.architectures import variant_of
 from slimoe.offload.model.tensor_list import check_tensors
 
-_FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling)
+_FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling, qwen_next, lfm)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 
@@ -94,7 +96,7 @@ def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     if kind.model_type not in (None, family.model_type):
         mixed_up = f"model_type is {kind.model_type!r:.100}, but {kind.name} belongs to {family.model_type!r}."
         raise UnsupportedModelError(checkpoint.config_path, mixed_up, "Correct the one that is wrong.")
-    config = checkpoint.read_config(family.config)
+    config = checkpoint.read_config(family.nested).language if family.nested else checkpoint.read_config(family.config)
     problem = config.unsupported(family.architecture)
     if problem:
         raise UnsupportedModelError(checkpoint.config_path, problem)

@@ -36,6 +36,7 @@ _WHOLE = {
     "lm_head.weight": "output.weight",
     "model.norm.bias": "output_norm.bias",
     "lm_head.bias": "output.bias",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
 }
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -61,10 +62,11 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
         rms_eps=config.rms_norm_eps,
         attention=config.attention,
         experts=config.experts,
-        rope=rope,
+        rope=replace(rope, sections=config.rope_sections),
         n_window=window,
         multipliers=config.multipliers,
         windowed=config.windowed,
+        recurrent=config.recurrent,
     )
 
 
@@ -114,14 +116,14 @@ def checkpoint_matrices(
 
 
 def kept_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, StoredMatrix]:
-    """The stored tensors that count, by name: without what predicts further tokens, and without an output matrix where
-    the token table is it. Raises as `stored_matrices` does.
+    """The stored tensors that count, by the names that they have in a language model that is the whole: without what
+    predicts further tokens, and without an output matrix where the token table is it. Raises as `stored_matrices` does.
     """
     nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
     skipped = (*family.skipped, *nextn)
     if config.tie_word_embeddings:
         skipped += ("lm_head.weight",)
-    found = stored_matrices(checkpoint)
+    found = {name.replace(family.prefix, "model.", 1): one for name, one in stored_matrices(checkpoint).items()}
     return {name: one for name, one in found.items() if not name.endswith(_IGNORED) and not name.startswith(skipped)}
 
 
@@ -130,13 +132,15 @@ def matrices_of(name: str, stored: StoredMatrix, family: Family, config: ModelCo
 
     Raises UnsupportedModelError for a tensor that has no place in the architecture.
     """
-    whole = {f"{tensor.role}.{tensor.suffix}" for tensor in family.architecture.tensors}
-    if _WHOLE.get(name) in whole:
-        return {MatrixKey(_WHOLE[name]): stored}
+    if _WHOLE.get(name) in {tensor.name() for tensor in family.architecture.tensors}:
+        return {MatrixKey(_WHOLE[name]): _changed(_WHOLE[name], stored, family, config)}
     match = _LAYER_NAME.fullmatch(name)
     if match is None:
         raise _without_place(name, stored)
     layer, inner = match.groups()
+    if config.recurrent and inner in family.split:
+        parts = family.split[inner].items()
+        return {MatrixKey(f"blk.{layer}.{role}"): change(stored, config.recurrent) for role, change in parts}
     if inner in family.joined:
         if family.alternates:
             return _alternating(f"blk.{layer}", stored, family.joined[inner])
@@ -155,7 +159,14 @@ def matrices_of(name: str, stored: StoredMatrix, family: Family, config: ModelCo
     number = _EXPERT.search(inner)
     if len(stored.shape) == 2 and stored.shape[0] == 1 and role.split(".")[0] in _vectors(family):
         stored = replace(stored, shape=stored.shape[1:])
-    return {MatrixKey(f"blk.{layer}.{role}", int(number[0]) if number else -1): stored}
+    changed = _changed(role, stored, family, config)
+    return {MatrixKey(f"blk.{layer}.{role}", int(number[0]) if number else -1): changed}
+
+
+def _changed(role: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> StoredMatrix:
+    """The GGUF tensor that a stored one makes alone."""
+    change = family.changes.get(role)
+    return stored if change is None or config.recurrent is None else change(stored, config.recurrent)
 
 
 def _absorbed(name: str, stored: StoredMatrix, n_head: int, n_key: int, n_value: int) -> dict[MatrixKey, StoredMatrix]:

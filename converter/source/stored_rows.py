@@ -126,7 +126,7 @@ class BlockRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _RowsOfOthers:
+class RowsOfOthers:
     """Rows that are made of those of another tensor, which has the same name, file and row length."""
 
     rows: StoredRows
@@ -148,7 +148,7 @@ class _RowsOfOthers:
 
 
 @dataclass(frozen=True, slots=True)
-class PartRows(_RowsOfOthers):
+class PartRows(RowsOfOthers):
     """The `n_rows` rows of a tensor from `first_row` on, of which every `stride`-th counts."""
 
     first_row: int
@@ -169,7 +169,7 @@ class PartRows(_RowsOfOthers):
 
 
 @dataclass(frozen=True, slots=True)
-class EveryNthColumn(_RowsOfOthers):
+class EveryNthColumn(RowsOfOthers):
     """The rows of a tensor, with every `n`-th of their elements from `first_column` on; `n` divides their length."""
 
     first_column: int
@@ -193,7 +193,7 @@ class EveryNthColumn(_RowsOfOthers):
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRows(_RowsOfOthers):
+class HeadRows(RowsOfOthers):
     """The same part of each head: `n_part` rows from `first_part` on, of `n_each` rows in each of `n_head` heads."""
 
     n_head: int
@@ -261,7 +261,7 @@ class TransposedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedRows(_RowsOfOthers):
+class RotatedRows(RowsOfOthers):
     """Query or key rows of a Hugging Face model, or the elements of their bias, in ggml's order of rotation."""
 
     n_embd_head: int

@@ -380,9 +380,6 @@ COUSINS = {
     "qwen2": ("qwen2moe", "without experts"),
     "qwen3": ("qwen3moe", "without experts"),
     "qwen35": ("qwen35moe", "without experts"),
-    "qwen3_next": ("qwen3next", "only GGUF files of it are read"),
-    "qwen3_5_moe": ("qwen35moe", "only GGUF files of it are read"),
-    "lfm2_moe": ("lfm2moe", "only GGUF files of it are read"),
     "lfm2": ("lfm2moe", "without experts"),
     "qwen3vlmoe": ("qwen3moe", "with positions of images"),
 }

@@ -5,6 +5,7 @@ has that class's default, null is taken where that class takes it, and further f
 decides about the tokenizer is in `tokenizer.settings`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -13,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType
 from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.spec import NO_MULTIPLIERS, Multipliers
 
 _MOST = 2**31 - 1
@@ -53,6 +55,7 @@ class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
     long_mscale: Positive | None = None
     low_freq_factor: Positive | UnsetType = UNSET
     high_freq_factor: Positive | UnsetType = UNSET
+    mrope_section: Annotated[list[Annotated[int, Meta(ge=0, le=2**16)]], Meta(min_length=3, max_length=3)] | None = None
     llama_4_scaling_beta: Annotated[float, Meta(ge=0, le=3e38)] | None = None
 
 
@@ -132,6 +135,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def rope(self) -> RopeFields:
         """The rotation's fields; the older name counts where both are there."""
         return self.rope_scaling or self.rope_parameters or RopeFields()
+
+    @property
+    def kinds(self) -> Sequence[str]:
+        """What mixes tokens in each layer, in the words of `layer_types`; empty where all layers have attention."""
+        return ()
+
+    @property
+    def rope_sections(self) -> tuple[int, ...]:
+        """How many pairs rotate by each of a token's places, where a file says so; empty otherwise."""
+        return ()
+
+    @property
+    def recurrent(self) -> RecurrentSpec | None:
+        """The sizes of what some layers have in place of attention; None without such layers."""
+        return None
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -272,6 +290,17 @@ def dense_first(config: ModelConfig, n_dense: int) -> tuple[LayerShape, ...]:
     dense = LayerShape(0, config.intermediate_size)
     routed = LayerShape(config.n_expert, config.n_ff)
     return (dense,) * n_dense + (routed,) * (config.num_hidden_layers - n_dense) if n_dense else ()
+
+
+class NestedConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration of which that of the language model is a part."""
+
+    tie_word_embeddings: bool = False
+
+    @property
+    def language(self) -> ModelConfig:
+        """The language model's."""
+        raise NotImplementedError
 
 
 class ConfigClass(msgspec.Struct, frozen=True, kw_only=True):

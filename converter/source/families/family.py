@@ -3,11 +3,16 @@
 Each family has a file beside this one, `checkpoint_source` lists them all, and `hf_tensors` reads the names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from slimoe.converter.source.families.config import ModelConfig
+from slimoe.converter.source.families.config import ModelConfig, NestedConfig
+from slimoe.converter.source.stored_rows import StoredMatrix
 from slimoe.offload.model.architecture import Architecture
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
+
+Change = Callable[[StoredMatrix, RecurrentSpec], StoredMatrix]
+"""Makes a GGUF tensor of a stored one, in a model with recurrent layers of such sizes."""
 
 ATTENTION = {
     "input_layernorm": "attn_norm",
@@ -56,7 +61,10 @@ class Family:
     such a stack for each expert. If one `alternates`, their rows take turns, biases of all experts are joined likewise,
     and stacks that are not MXFP4 are transposed. `rotates_neighbours`: queries and keys have the values that rotate
     together next to each other, and not half a head apart. Tensors whose names begin with one of `skipped` predict
-    further tokens.
+    further tokens, or have to do with images. `changes` makes a GGUF tensor, by its name in a layer or in the file,
+    of the one that is stored, and `split` has the GGUF tensors that one of a layer makes, by its name. If the language
+    model is a part of the whole, `nested` reads the configuration, and `prefix` stands before the names of its tensors
+    in place of `model.`.
     """
 
     model_type: str
@@ -68,3 +76,7 @@ class Family:
     alternates: bool = False
     rotates_neighbours: bool = False
     skipped: tuple[str, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    split: Mapping[str, Mapping[str, Change]] = field(default_factory=dict)
+    nested: type[NestedConfig] | None = None
+    prefix: str = "model."

@@ -72,14 +72,15 @@ class Qwen2MoeConfig(Qwen3MoeConfig, frozen=True, kw_only=True):
         return ExpertSpec(self.n_expert, self.n_expert_used, n_ff_shared=self.shared_expert_intermediate_size)
 
 
-_SHARED = {
+SHARED = {
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+"""The shared expert and its gate."""
 FAMILIES = {
-    "Qwen2MoeForCausalLM": Family("qwen2_moe", Qwen2MoeConfig, QWEN2MOE, ATTENTION | EXPERTS | _SHARED),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", Qwen2MoeConfig, QWEN2MOE, ATTENTION | EXPERTS | SHARED),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3MoeConfig, QWEN3MOE, ATTENTION | QK_NORMS | EXPERTS),
 }
 """The families by the name of their model class."""

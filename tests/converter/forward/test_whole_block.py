@@ -43,7 +43,7 @@ def test_a_block_of_compressed_experts() -> None:
     assert_blocks_are_alike(CompressedSource(biased_model(), 1, vectors))
 
 
-@pytest.mark.parametrize("family", ["glm4moe", "gpt-oss", "granitemoe"])
+@pytest.mark.parametrize("family", ["glm4moe", "gpt-oss", "granitemoe", "qwen3next", "lfm2moe"])
 def test_blocks_of_other_architectures(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
     """Dense layers and shared experts, biases and sinks, multipliers."""
     path = tmp_path_factory.mktemp(family) / "m.gguf"

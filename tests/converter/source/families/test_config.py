@@ -14,6 +14,7 @@ from slimoe.converter.source.checkpoint_source import FAMILIES, read_model_confi
 from slimoe.converter.source.families.config import ModelConfig
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.model.architectures import ARCHITECTURES
+from tests.converter.source.families.tiny_families import config_class
 from tests.converter.source.test_rotation import TOKENS
 from tests.models.tiny_checkpoint import TinyConfig, llama_logits, logits, save_checkpoint
 
@@ -26,7 +27,7 @@ FIELDS += ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"]
 
 
 def theirs(name: str, settings: dict[str, Any]) -> transformers.PretrainedConfig:
-    return getattr(transformers, name.replace("ForCausalLM", "Config"))(**settings)
+    return getattr(transformers, config_class(name.removesuffix("ForCausalLM")))(**settings)
 
 
 def ours(name: str, settings: dict[str, Any]) -> ModelConfig:
@@ -149,8 +150,8 @@ def test_layers_without_experts_beyond_the_last_are_none() -> None:
             r"'RwkvForCausalLM' of model_type 'rwkv' is not supported\. Those that are: LlamaForCausalLM, Mis",
         ),
         (
-            {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
-            "'qwen3_next' is not supported: it is like qwen3next, but only GGUF files of it are read. Those",
+            {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5"},
+            "'qwen3_5' is not supported: it is like qwen35moe, but without experts. Those",
         ),
         ({"architectures": ["Qwen3ForCausalLM"]}, r"'Qwen3ForCausalLM' is not supported\. Those that are: .*, Olmoe"),
         ({"model_type": "rwkv"}, "'unknown' of model_type 'rwkv' is not supported"),

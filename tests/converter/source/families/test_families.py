@@ -26,8 +26,13 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Phimoe": {"attention_bias": True, "lm_head_bias": True},
     "DeepseekV2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3},
+    "Lfm2Moe": {"layer_types": ["conv"] * 31 + ["full_attention"]},
 }
 """The fields for which the class has no default that a model could be made with."""
+
+
+WITHOUT = {"Qwen3_5Moe": ("intermediate_size", "norm_topk_prob"), "Lfm2Moe": ("hidden_act",)}
+"""Fields that other classes have."""
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "Phimoe"])
@@ -45,9 +50,15 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path:
 def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     settings = REQUIRED.get(name, {})
     found, expected = ours(f"{name}ForCausalLM", settings), theirs(f"{name}ForCausalLM", settings)
-    for field in FIELDS:
-        assert getattr(found, field) == getattr(expected, field), field
+    fields = {field: {"rms_norm_eps": "norm_eps"}.get(field, field) if name == "Lfm2Moe" else field for field in FIELDS}
+    for field, theirs_ in fields.items():
+        if theirs_ not in WITHOUT.get(name, ()):
+            assert getattr(found, field) == getattr(expected, theirs_), field
     assert found.n_head_kv == expected.num_key_value_heads
+    if found.recurrent:
+        kinds = ["conv" if name == "Lfm2Moe" else "linear_attention", "full_attention"]
+        assert found.recurrent.layers == tuple(kind == kinds[0] for kind in expected.layer_types)
+        assert set(expected.layer_types) == set(kinds)
     if latent := found.attention.latent:
         rotation = "yarn" if name == "Mistral4" else UNSET
         assert (found.n_rot, found.rope.rope_type) == (expected.qk_rope_head_dim, rotation)
@@ -63,7 +74,8 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
         getattr(expected, n) for n in ("n_routed_experts", "num_experts", "num_local_experts") if hasattr(expected, n)
     )
     assert (found.n_expert, found.n_expert_used) == (n_expert, expected.num_experts_per_tok)
-    assert found.n_ff == getattr(expected, "moe_intermediate_size", expected.intermediate_size)
+    width = "moe_intermediate_size" if hasattr(expected, "moe_intermediate_size") else "intermediate_size"
+    assert found.n_ff == getattr(expected, width)
     assert found.window == (expected.sliding_window if name == "GptOss" else None)
     own = set(FAMILIES[f"{name}ForCausalLM"].config.__struct_fields__)
     aliases = {"rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "head_dim"}
@@ -73,6 +85,9 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
         aliases |= {"attention_bias"}  # Refused, and not passed over as by the class.
     if found.attention.latent:  # Not all of these classes read them.
         aliases |= {"num_nextn_predict_layers", "rope_interleave"}
+    aliases |= {*WITHOUT.get(name, ()), "full_attention_interval"}  # The class makes layer_types of it.
+    if name == "Lfm2Moe":
+        aliases |= {"rms_norm_eps", "tie_embedding", "attention_bias"}  # It is norm_eps; an older name; refused.
     if name == "Glm4MoeLite":
         aliases |= {"first_k_dense_replace"}  # In files of before mlp_layer_types, and 1 there.
     assert own - aliases <= set(expected.to_dict())
@@ -191,6 +206,26 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("GptOss", {"attention_bias": False}, "attention_bias is false, but gpt-oss files"),
     ("GptOss", {"sliding_window": None}, "sliding_window: expected int, got null"),
     ("Glm4Moe", {"n_group": 3, "topk_group": 4}, "n_group is 3 and topk_group 4"),
+    ("Qwen3Next", {"layer_types": ["linear_attention"] * 48}, "no layer has full attention"),
+    (
+        "Qwen3Next",
+        {"layer_types": ["full_attention"]},
+        "layer_types has not one of linear_attention and full_attention",
+    ),
+    ("Qwen3Next", {"linear_num_key_heads": 5}, "32 value heads of linear attention do not divide into groups for 5"),
+    ("Qwen3Next", {"linear_value_head_dim": 64}, "linear_key_head_dim is 128 and linear_value_head_dim 64"),
+    ("Qwen3Next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim: expected int >= 2"),
+    ("Qwen3Next", {"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\] and decoder_sparse_step 1"),
+    ("Qwen3Next", {"norm_topk_prob": False}, "norm_topk_prob is false, but in qwen3next files"),
+    ("Qwen3_5Moe", {"attention_bias": True}, "attention_bias is true, but qwen35moe files"),
+    ("Qwen3_5Moe", {"rope_parameters": {"mrope_section": [4, 24, 4]}}, r"mrope_section is \[4, 24, 4\], whose pairs"),
+    ("Qwen3_5Moe", {"rope_parameters": {"mrope_section": [11]}}, "mrope_section: expected array of length >= 3"),
+    ("Lfm2Moe", {}, "layer_types has not one of conv and full_attention for each of 32 layers"),
+    ("Lfm2Moe", REQUIRED["Lfm2Moe"] | {"conv_bias": True}, "conv_bias is true, but lfm2moe files"),
+    ("Lfm2Moe", REQUIRED["Lfm2Moe"] | {"use_expert_bias": False}, "use_expert_bias is false"),
+    ("Lfm2Moe", REQUIRED["Lfm2Moe"] | {"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+    ("Lfm2Moe", REQUIRED["Lfm2Moe"] | {"num_dense_layers": 32}, "num_dense_layers is 32, which leaves none of 32"),
+    ("Lfm2Moe", {"layer_types": ["conv"] * 32}, "no layer has full attention"),
 ]
 
 

@@ -17,6 +17,19 @@ _DEEPSEEK: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+_DELTA_NET: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 160,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -99,8 +112,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "truncate": True,
         },
     },
+    "Qwen3Next": _DELTA_NET,
+    "Qwen3_5Moe": _DELTA_NET,
+    "Lfm2Moe": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
 }
 """What the configuration of each class says beyond the sizes that all have."""
+
+
+def config_class(name: str) -> str:
+    """The name of a class's configuration, which may be that of its language model."""
+    return "Qwen3_5MoeTextConfig" if name == "Qwen3_5Moe" else f"{name}Config"
 
 
 def save_family(path: Path, name: str, **config: Any) -> Path:
@@ -119,12 +147,12 @@ def save_family(path: Path, name: str, **config: Any) -> Path:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    settings = getattr(transformers, f"{name}Config")(**values | SETTINGS[name] | config)
+    settings = getattr(transformers, config_class(name))(**values | SETTINGS[name] | config)
     model = getattr(transformers, f"{name}ForCausalLM")(settings)
     for tensor_name, tensor in model.state_dict().items():
         if "norm" in tensor_name and tensor_name.endswith("weight"):
             torch.nn.init.uniform_(tensor, 0.5, 1.5)
-        elif "bias" in tensor_name or tensor_name.endswith("sinks"):
+        elif "bias" in tensor_name or tensor_name.endswith(("sinks", "A_log")):
             torch.nn.init.normal_(tensor, std=0.2)
     model.save_pretrained(path)
     byte_level("qwen").save(str(path / "tokenizer.json"))

@@ -173,7 +173,12 @@ DEEPSEEK_3 = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
 LING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+QWEN_35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
+    "qwen35": ([as_json(split_by(QWEN_35)), BYTES], False),
     "bailingmoe2": ([as_json(split_by(LING)), BYTES], False),
     "gpt-4o": ([as_json(split_by(GPT_4O)), BYTES], False),
     "tekken": ([as_json(split_by(TEKKEN)), BYTES], True),

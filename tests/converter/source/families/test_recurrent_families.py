@@ -1,0 +1,205 @@
+"""Checkpoints of models with recurrent layers: what stands beside the language model, and what is wrong with them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from slimoe.converter.source.inventory import take_inventory
+from slimoe.converter.source.model_source import Blocks
+from slimoe.converter.source.open_source import open_source
+from slimoe.converter.source.picked_rows import PickedColumns, PickedRows
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
+from slimoe.offload.gguf.header import read_gguf
+from tests.converter.source.families.test_checkpoints import TOKENS, assert_all_alike, converted, engines, llama_cpps
+from tests.converter.source.families.tiny_families import save_family
+from tests.models.gguf_content import Array
+from tests.models.tiny_checkpoint import CHATML, byte_level, logits
+
+NAMES = ("Qwen3Next", "Qwen3_5Moe", "Lfm2Moe")
+VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+
+
+def with_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: one.contiguous() for name, one in change(tensors).items()}, source / "model.safetensors")
+    return source
+
+
+def with_config(source: Path, **settings: Any) -> Path:
+    config = json.loads((source / "config.json").read_text())
+    kept = {name: value for name, value in (config | settings).items() if value is not None}
+    (source / "config.json").write_text(json.dumps(kept))
+    return source
+
+
+def save_with_images(path: Path, **config: Any) -> Path:
+    """The language model of a `save_family` in one that reads images too."""
+    text = save_family(path.parent / "text", "Qwen3_5Moe")
+    language = json.loads((text / "config.json").read_text())
+    whole = transformers.Qwen3_5MoeConfig(text_config=language, vision_config=VISION, **config)
+    model = transformers.Qwen3_5MoeForConditionalGeneration(whole)
+    theirs = transformers.Qwen3_5MoeForCausalLM.from_pretrained(text)
+    model.model.language_model.load_state_dict(theirs.model.state_dict())
+    model.lm_head.load_state_dict(theirs.lm_head.state_dict())
+    if config.get("tie_word_embeddings"):
+        model.tie_weights()
+    model.save_pretrained(path)
+    byte_level("qwen").save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
+    return path
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_language_model_of_one_that_reads_images(tmp_path: Path, is_tied: bool) -> None:
+    source = save_with_images(tmp_path / "c", tie_word_embeddings=is_tied)
+    names = load_file(source / "model.safetensors").keys()
+    assert "model.language_model.layers.0.linear_attn.A_log" in names
+    assert any(name.startswith("model.visual.") for name in names)
+    assert_all_alike(source, tmp_path / "m.gguf")
+    assert ("output.weight" in read_gguf(tmp_path / "m.gguf").tensors) is not is_tied
+    assert take_inventory(source).sizes["n_expert"] == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_that_is_the_output_too(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / "c", name, tie_word_embeddings=True)
+    assert_all_alike(source, tmp_path / "m.gguf")
+    assert "output.weight" not in read_gguf(tmp_path / "m.gguf").tensors
+
+
+def test_an_older_name_of_a_tied_table_counts(tmp_path: Path) -> None:
+    source = with_config(save_family(tmp_path / "c", "Lfm2Moe", tie_word_embeddings=True), tie_word_embeddings=None)
+    assert open_source(with_config(source, tie_embedding=True)).is_tied
+    with pytest.raises(ModelFileError, match=r"lm_head\.weight is missing"):
+        open_source(with_config(source, tie_embedding=False))
+
+
+@pytest.mark.parametrize(("n_keys", "n_values"), [(1, 4), (4, 4), (2, 8)])
+@pytest.mark.parametrize("name", ["Qwen3Next", "Qwen3_5Moe"])
+def test_as_many_value_heads_of_a_key_head_as_one_likes(tmp_path: Path, name: str, n_keys: int, n_values: int) -> None:
+    heads = {"linear_num_key_heads": n_keys, "linear_num_value_heads": n_values}
+    source = save_family(tmp_path / "c", name, **heads)
+    assert_all_alike(source, tmp_path / "m.gguf")
+
+
+def test_layers_by_an_interval(tmp_path: Path) -> None:
+    """As files of before layer_types say which layers have attention."""
+    kinds = ["linear_attention", "full_attention"] * 2
+    source = save_family(tmp_path / "c", "Qwen3Next", num_hidden_layers=4, layer_types=kinds)
+    expected = open_source(source).spec
+    assert expected.attention_layers == (1, 3)
+    assert open_source(with_config(source, layer_types=None, full_attention_interval=2)).spec == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_that_are_stacked_make_the_same_tensors(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / "c", name)
+    parts = ("w1", "w3", "w2") if name == "Lfm2Moe" else ("gate_proj", "up_proj", "down_proj")
+
+    def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {key: value for key, value in tensors.items() if ".experts." not in key}
+        for stem in {key.split(".experts.")[0] for key in tensors if ".experts." in key}:
+            gate, up, down = (
+                torch.stack([tensors[f"{stem}.experts.{number}.{part}.weight"] for number in range(8)])
+                for part in parts
+            )
+            found |= {f"{stem}.experts.gate_up_proj": torch.cat((gate, up), 1), f"{stem}.experts.down_proj": down}
+        return found
+
+    other = open_source(with_tensors(shutil.copytree(source, tmp_path / "d"), stacked))
+    separate = open_source(source)
+    assert list(other.shapes) == list(separate.shapes)
+    for key in separate.shapes:
+        np.testing.assert_array_equal(other.read(key), separate.read(key))
+
+
+def test_what_predicts_further_tokens_is_left_out(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "c", "Qwen3_5Moe")
+    expected = open_source(source).shapes
+    ahead = {"mtp.fc.weight": torch.ones(64, 128), "mtp.layers.0.self_attn.q_proj.weight": torch.ones(256, 64)}
+    assert open_source(with_tensors(source, lambda tensors: tensors | ahead)).shapes == expected
+
+
+BROKEN: list[tuple[str, str, tuple[int, ...] | None, str]] = [
+    ("Qwen3Next", "linear_attn.in_proj_qkvz", (640, 64), "has 640 rows, not the 512 of its heads"),
+    ("Qwen3Next", "linear_attn.in_proj_ba", (8, 64), r"tensor blk\.0\.ssm_ba\.weight has the shape \(64, 8\), but"),
+    ("Qwen3Next", "linear_attn.in_proj_qkvz", None, r"tensor blk\.0\.attn_qkv\.weight is missing"),
+    ("Qwen3_5Moe", "linear_attn.in_proj_qkv", (300, 64), r"tensor blk\.0\.attn_qkv\.weight has the shape \(64, 300\)"),
+    ("Qwen3_5Moe", "linear_attn.conv1d", (320, 2, 4), r"tensor blk\.0\.ssm_conv1d\.weight has the shape \(4, 2, 320\)"),
+    ("Qwen3_5Moe", "linear_attn.out_proj", (64, 96), r"tensor blk\.0\.ssm_out\.weight has the shape \(96, 64\), but"),
+    ("Qwen3_5Moe", "linear_attn.norm", None, r"tensor blk\.0\.ssm_norm\.weight is missing"),
+    ("Lfm2Moe", "conv.conv", (64, 1, 4), r"tensor blk\.0\.shortconv\.conv\.weight has the shape \(4, 64\), but"),
+    ("Lfm2Moe", "conv.in_proj", None, r"tensor blk\.0\.shortconv\.in_proj\.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "shape", "problem"), BROKEN, ids=str)
+def test_tensors_that_are_missing_or_of_another_shape(
+    tmp_path: Path, name: str, tensor: str, shape: tuple[int, ...] | None, problem: str
+) -> None:
+    key = f"model.layers.0.{tensor}.weight"
+
+    def broken(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {name: value for name, value in tensors.items() if name != key}
+        return kept if shape is None else kept | {key: torch.zeros(shape)}
+
+    source = with_tensors(save_family(tmp_path / "c", name), broken)
+    with pytest.raises(ModelFileError, match=problem):
+        open_source(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("Qwen3_5Moe", "linear_attn.conv1d.bias"), ("Lfm2Moe", "conv.in_proj.bias")]
+)
+def test_biases_that_no_file_has_are_refused(tmp_path: Path, name: str, tensor: str) -> None:
+    bias = {f"model.layers.0.{tensor}": torch.ones(320)}
+    source = with_tensors(save_family(tmp_path / "c", name), lambda tensors: tensors | bias)
+    with pytest.raises(UnsupportedModelError, match=r"is a bias, but config\.json has no biases for"):
+        open_source(source)
+
+
+def test_a_short_convolution_beside_heads_of_another_size(tmp_path: Path) -> None:
+    """llama.cpp takes as many values of heads as of the stream for granted; the engine does not."""
+    source = save_family(tmp_path / "c", "Lfm2Moe", head_dim=32)
+    path = converted(source, tmp_path / "m.gguf")
+    np.testing.assert_allclose(engines(path), logits(source, TOKENS).numpy(), atol=1e-3)
+    with pytest.raises(ValueError, match="Failed to load model"):
+        llama_cpps(path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Six rows of which two are read at a time."""
+
+    values: Array
+    name: str = "m"
+    path: Path = Path("c")
+    n_rows: int = 6
+    n_per_row: int = 4
+    step: int = 2
+    blocks: Blocks | None = None
+
+    def read(self, first: int, n_rows: int) -> Array:
+        assert first % self.step == n_rows % self.step == 0
+        return self.values[first : first + n_rows]
+
+
+def test_rows_and_columns_in_another_order() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(6, 4)
+    stored = Pairs(values)
+    order = np.array([5, 0, 1, 2, 4])
+    picked = PickedRows(stored, order)
+    for first in range(5):
+        for n_rows in range(1, 6 - first):
+            np.testing.assert_array_equal(picked.read(first, n_rows), values[order][first : first + n_rows])
+    columns = PickedColumns(stored, np.array([3, 0, 2, 1]))
+    np.testing.assert_array_equal(columns.read(2, 2), values[2:4, [3, 0, 2, 1]])
