@@ -171,7 +171,9 @@ def widest(layers: Iterable[ExpertLayer | None]) -> int:
 def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int) -> int:
     """An upper estimate of the buffers that a cut step uses: exchange, segments, and one expert's batch."""
     n_used, d = max(1, spec.n_expert_used), spec.n_embd
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_cells + 8 * max(1, spec.n_expert) + 32)
-    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + spec.attention.n_at_once) + spec.n_vocab)
+    n_masks = 2 if any(spec.windowed) else 1
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masks * n_cells + 8 * max(1, spec.n_expert) + 32)
+    n_attention = max(of.n_at_once for of in spec.attentions)
+    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + spec.n_vocab)
     expert = 4 * max(n_batch, n_used) * (3 * n_ff + 3 * d)
     return exchange + segment + expert + (2 << 20)

@@ -245,6 +245,14 @@ def ggml_swiglu_oai(ctx: Ptr, gate: Ptr, up: Ptr, alpha: F32, limit: F32) -> Ptr
 
 
 @c_function(_BASE)
+def ggml_geglu_split(ctx: Ptr, gate: Ptr, up: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_tanh(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_repeat_4d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64, ne2: I64, ne3: I64) -> Ptr: ...
 
 

@@ -10,7 +10,7 @@ ADD_BOS = "tokenizer.ggml.add_bos_token"
 ADD_EOS = "tokenizer.ggml.add_eos_token"
 ADD_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 CHAT_TEMPLATE = "tokenizer.chat_template"
-SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+SENTENCEPIECE, BYTE_LEVEL, BYTE_FALLBACK = "llama", "gpt2", "gemma4"
 """The values of TOKENIZER_MODEL that this program knows."""
 
 PREFIX_AFTER_SPECIAL = "slimoe.tokenizer.prefix_after_special"

@@ -68,16 +68,15 @@ class AttentionBuilder:
     def add(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
         """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
         ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
-        query, key, value, gate = self._qkv(layer, hidden, n_queries)
-        freq_base = spec.rope.window_freq_base if spec.window(index) else 0.0
-        rotated = self._rope(query, self._last(positions, n_queries), freq_base)
+        query, key, value, gate = self._qkv(index, layer, hidden, n_queries)
+        rotated = self._rope(query, self._last(positions, n_queries), index)
         query, scale = self._normed_head(rotated, layer.q_norm), spec.attention_scale
         if spec.architecture.scales_queries:
             query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
-        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions, freq_base), layer.k_norm))
+        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions, index), layer.k_norm))
         self._store(self.cache.values[index], value)
         attended = self._attend(index, query, n_queries, scale, layer.sinks)
-        joined = int(ggml.ggml_reshape_2d(ctx, attended, spec.attention.n_output, n_queries))
+        joined = int(ggml.ggml_reshape_2d(ctx, attended, spec.attention_of(index).n_output, n_queries))
         if gate:
             joined = int(ggml.ggml_mul(ctx, joined, ggml.ggml_sigmoid(ctx, gate)))
         return add_linear(ctx, layer.attn_output, joined)
@@ -92,15 +91,15 @@ class AttentionBuilder:
 
         `scale` is the factor on their products with keys, `sinks` F32 [n_head] a logit of each head to no token.
         """
-        has_window = self.spec.window(index) > 0
-        keys = self._cached(self.cache.keys[index], self.spec.attention.key_length)
+        has_window, own = self.spec.window(index) > 0, self.spec.attention_of(index)
+        keys = self._cached(self.cache.keys[index], own.key_length)
         # Without values of their own, those of MLA are the beginning of the keys.
         held = self.cache.values.get(index, self.cache.keys[index])
         attended = ggml.ggml_flash_attn_ext(
             self.ctx,
             ggml.ggml_permute(self.ctx, query, 0, 2, 1, 3),
             keys,
-            self._cached(held, self.spec.attention.value_length),
+            self._cached(held, own.value_length),
             last_rows(self.ctx, self.inputs.window_mask if has_window else self.inputs.mask, n_queries),
             scale,
             0.0,
@@ -111,25 +110,28 @@ class AttentionBuilder:
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
         return int(attended)
 
-    def _qkv(self, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int, int]:
+    def _qkv(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int, int]:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens], and the gate
         [n_output, n_queries] of what attention makes of them, 0 without one.
         """
-        ctx, spec, n_tokens = self.ctx, self.spec, self.shape.n_tokens
-        n_heads = (spec.n_head, spec.n_head_kv, spec.n_head_kv)
-        if len(layer.qkv) == 3:
+        ctx, spec, n_tokens, own = self.ctx, self.spec, self.shape.n_tokens, self.spec.attention_of(index)
+        if len(layer.qkv) > 1:
             seen = [last_rows(ctx, hidden, n_rows) for n_rows in (n_queries, n_tokens, n_tokens)]
-            parts = [add_linear(ctx, linear, rows) for linear, rows in zip(layer.qkv, seen, strict=True)]
+            parts = [add_linear(ctx, linear, rows) for linear, rows in zip(layer.qkv, seen, strict=False)]
         else:
             assert n_queries == n_tokens, "the last layer's queries must stand alone"
             joined, begin, parts = add_linear(ctx, layer.qkv[0], hidden), 0, []
-            stride = ggml.tensor_at(joined).nb[1]
-            n_kv = spec.n_embd_head * spec.n_head_kv
-            for width in (spec.attention.n_query_rows, n_kv, n_kv):
+            n_rows, stride = ggml.tensor_at(joined).ne[0], ggml.tensor_at(joined).nb[1]
+            widths = (own.n_query_rows, own.n_embd_head * own.n_head_kv, own.n_embd_head * own.n_head_kv)
+            for width in widths if sum(widths) == n_rows else widths[:2]:
                 parts.append(int(ggml.ggml_view_2d(ctx, joined, width, n_tokens, stride, begin)))
                 begin += 4 * width
-        norms, gate = (layer.q_norm, layer.k_norm, 0), self._gate(parts[0]) if spec.attention.is_gated else 0
-        query, key, value = (self._heads(*one) for one in zip(parts, norms, n_heads, strict=True))
+        gate = self._gate(parts[0]) if own.is_gated else 0
+        query = self._heads(parts[0], layer.q_norm, own.n_head, own.n_embd_head)
+        key = self._heads(parts[1], layer.k_norm, own.n_head_kv, own.n_embd_head)
+        value = self._heads(parts[-1], 0, own.n_head_kv, own.n_embd_head)
+        if spec.architecture.norms_values:
+            value = int(ggml.ggml_rms_norm(ctx, value, spec.rms_eps))
         return query, key, value, gate
 
     def _gate(self, rows: int) -> int:
@@ -139,15 +141,15 @@ class AttentionBuilder:
         halves = ggml.ggml_view_3d(ctx, rows, width, n_head, n_tokens, 8 * width, stride, 4 * width)
         return int(ggml.ggml_cont_2d(ctx, halves, width * n_head, n_tokens))
 
-    def _heads(self, rows: int, norm: int, n_head: int) -> int:
-        """Rows as heads [n_embd_head, n_head, n], normalised where there is a `norm`.
+    def _heads(self, rows: int, norm: int, n_head: int, width: int) -> int:
+        """Rows as heads [width, n_head, n], normalised where there is a `norm`.
 
-        They are [n_embd_head * n_head, n], where heads of queries may be followed by their gates.
+        They are [width * n_head, n], where heads of queries may be followed by their gates.
         """
         spec = self.spec
         if norm and spec.architecture.qk_norm == "row":
             rows = add_rms_norm(self.ctx, rows, norm, spec.rms_eps)
-        n_tokens, stride, width = ggml.tensor_at(rows).ne[1], ggml.tensor_at(rows).nb[1], spec.n_embd_head
+        n_tokens, stride = ggml.tensor_at(rows).ne[1], ggml.tensor_at(rows).nb[1]
         apart = 4 * ggml.tensor_at(rows).ne[0] // n_head
         heads = int(ggml.ggml_view_3d(self.ctx, rows, width, n_head, n_tokens, apart, stride, 0))
         if norm and spec.architecture.qk_norm == "head":
@@ -160,18 +162,19 @@ class AttentionBuilder:
             return heads
         return add_rms_norm(self.ctx, heads, norm, self.spec.rms_eps)
 
-    def _rope(self, heads: int, positions: int, freq_base: float = 0.0) -> int:
-        """Heads rotated by their positions, at `freq_base` in place of the model's own if that is given."""
-        rope = self.spec.rope
+    def _rope(self, heads: int, positions: int, index: int) -> int:
+        """Heads of layer `index` rotated by their positions."""
+        rope, has_window = self.spec.rope, self.spec.window(index) > 0
+        has_own = has_window and self.spec.architecture.has_window_heads
         rotated = ggml.ggml_rope_ext(
             self.ctx,
             heads,
             positions,
-            self.rope_freqs or None,
-            rope.n_rot,
+            None if has_own else self.rope_freqs or None,
+            self.spec.n_rot(index),
             self.spec.architecture.rope,
             rope.n_ctx_orig,
-            freq_base or rope.freq_base,
+            rope.window_freq_base if has_window and rope.window_freq_base else rope.freq_base,
             rope.freq_scale,
             rope.ext_factor,
             rope.attn_factor,
@@ -188,6 +191,5 @@ class AttentionBuilder:
 
     def _cached(self, cache: int, length: int) -> int:
         """The first n_kv cells of a layer's keys or values, and of these as many values: [length, n_kv, n_head_kv]."""
-        shape, strides = self.shape, ggml.tensor_at(cache).nb
-        n_head_kv = self.spec.n_head_kv
+        shape, strides, n_head_kv = self.shape, ggml.tensor_at(cache).nb, ggml.tensor_at(cache).ne[2]
         return int(ggml.ggml_view_3d(self.ctx, cache, length, shape.n_kv, n_head_kv, strides[1], strides[2], 0))

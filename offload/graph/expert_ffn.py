@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
 from slimoe.offload.graph.weights import LayerWeights, SharedWeights
-from slimoe.offload.model.architecture import Activation, Architecture, SharedExpert
+from slimoe.offload.model.architecture import Activation, Architecture
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
 """The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
@@ -50,14 +50,14 @@ def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
     return add_linear(ctx, layer.down, add_activation(ctx, projected))
 
 
-def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, of: SharedExpert | None) -> int:
+def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture: Architecture) -> int:
     """The output of a shared expert, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in shared.gate_up]
-    output = add_linear(ctx, shared.down, add_activation(ctx, projected))
+    output = add_linear(ctx, shared.down, add_activation(ctx, projected, architecture.activation))
     if not shared.gate:
         return output
     gate = ggml.ggml_mul_mat(ctx, shared.gate, normed)
-    if of is not None and of.gate == "sigmoid":
+    if architecture.shared is not None and architecture.shared.gate == "sigmoid":
         return int(ggml.ggml_mul(ctx, output, ggml.ggml_sigmoid(ctx, gate)))
     return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
@@ -92,9 +92,7 @@ def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras
     if extras.is_down_wide and place == 2:
         ggml.ggml_prec_set_src(product, ggml.PREC_F32, 1)
     if extras.scales and extras.scales[place]:
-        n_stored, n_rows = ggml.tensor_at(extras.scales[place]).ne[1], ggml.tensor_at(extras.ids).ne[1]
-        repeated = ggml.ggml_repeat_4d(ctx, extras.scales[place], 1, n_stored, n_rows, 1)
-        product = int(ggml.ggml_mul(ctx, product, ggml.ggml_get_rows(ctx, repeated, extras.ids)))
+        product = add_expert_scale(ctx, product, extras.scales[place], extras.ids)
     if extras.biases and extras.biases[place]:
         bias, n_out = extras.biases[place], ggml.tensor_at(product).ne[0]
         tensor = ggml.tensor_at(bias)
@@ -102,6 +100,12 @@ def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras
             bias = int(ggml.ggml_view_2d(ctx, bias, n_out, tensor.ne[1], tensor.nb[1], 0))
         product = int(ggml.ggml_add_id(ctx, product, bias, extras.ids))
     return product
+
+
+def add_expert_scale(ctx: int, product: int, scale: int, ids: int) -> int:
+    """The product [n, n_selected, n_rows] of the selected experts, times their entries of `scale` F32 [1, n_stored]."""
+    repeated = ggml.ggml_repeat_4d(ctx, scale, 1, ggml.tensor_at(scale).ne[1], ggml.tensor_at(ids).ne[1], 1)
+    return int(ggml.ggml_mul(ctx, product, ggml.ggml_get_rows(ctx, repeated, ids)))
 
 
 def add_expert_sum(ctx: int, outputs: int) -> int:
@@ -137,10 +141,24 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
 
 
 def add_activation(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:
-    """The activation of gate and up, which are two tensors or, for SwiGLU, the halves of one; one operation."""
+    """The activation of gate and up, two tensors or, but for OpenAI's, the halves of one; one operation."""
     if activation == "swiglu_oai":
         gate, up = projected
         return int(ggml.ggml_swiglu_oai(ctx, gate, up, _OAI_ALPHA, _OAI_LIMIT))
+    if activation == "geglu":
+        gate, up = projected if len(projected) == 2 else _halves(ctx, projected[0])
+        return int(ggml.ggml_geglu_split(ctx, gate, up))
     if len(projected) == 2:
         return int(ggml.ggml_swiglu_split(ctx, *projected))
     return int(ggml.ggml_swiglu(ctx, projected[0]))
+
+
+def _halves(ctx: int, joined: int) -> tuple[int, int]:
+    """The first half of each row of a tensor of up to three axes, and the second."""
+    tensor = ggml.tensor_at(joined)
+    n = tensor.ne[0] // 2
+    first, second = (
+        int(ggml.ggml_view_3d(ctx, joined, n, tensor.ne[1], tensor.ne[2], tensor.nb[1], tensor.nb[2], begin))
+        for begin in (0, n * tensor.nb[0])
+    )
+    return first, second

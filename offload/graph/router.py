@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.linear import add_linear
 from slimoe.offload.graph.weights import LayerWeights
@@ -25,9 +27,19 @@ class Selection:
     aux_weights: int = 0
 
 
-def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> Selection:
-    """The experts that a token selects, with their weights."""
-    scores = _add_scores(ctx, spec, layer, normed)
+def router_input(ctx: int, spec: ModelSpec, layer: LayerWeights, plain: int, normed: int) -> int:
+    """What a layer's router reads, [n_embd, n_rows]: the experts' input `normed`, or where it has a vector of its own
+    the residual stream that is normalised, but not yet weighted, `plain`.
+    """
+    if not layer.router_scale:
+        return normed
+    factor = np.float32(1.0) / np.sqrt(np.float32(spec.n_embd))
+    return int(ggml.ggml_mul(ctx, ggml.ggml_scale(ctx, plain, float(factor)), layer.router_scale))
+
+
+def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, read: int) -> Selection:
+    """The experts that a token selects, with their weights; `read` is the router's input."""
+    scores = _add_scores(ctx, spec, layer, read)
     n_expert, n_rows = ggml.tensor_at(scores).ne[:2]
     choice = ggml.ggml_add(ctx, scores, layer.choice_bias) if layer.choice_bias else scores
     if spec.experts.n_group > 1:
@@ -54,16 +66,16 @@ def add_router(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> S
     return Selection(ranked, int(ggml.ggml_reshape_3d(ctx, main, 1, spec.n_expert_used, n_rows)), int(aux))
 
 
-def add_choice(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int) -> int:
+def add_choice(ctx: int, spec: ModelSpec, layer: LayerWeights, read: int) -> int:
     """What says which experts are the likeliest, F32 [n_expert, n_rows]: scores, with the bias that only selects."""
-    scores = _add_scores(ctx, spec, layer, normed, is_plain=not layer.choice_bias)
+    scores = _add_scores(ctx, spec, layer, read, is_plain=not layer.choice_bias)
     return int(ggml.ggml_add(ctx, scores, layer.choice_bias)) if layer.choice_bias else scores
 
 
-def _add_scores(ctx: int, spec: ModelSpec, layer: LayerWeights, normed: int, *, is_plain: bool = False) -> int:
+def _add_scores(ctx: int, spec: ModelSpec, layer: LayerWeights, read: int, *, is_plain: bool = False) -> int:
     """The router's scores F32 [n_expert, n_rows], or logits if `is_plain`."""
     assert layer.router is not None
-    logits = add_linear(ctx, layer.router, normed)
+    logits = add_linear(ctx, layer.router, read)
     if is_plain or spec.router_score == "softmax_of_selected":
         return logits
     return int((ggml.ggml_sigmoid if spec.router_score == "sigmoid" else ggml.ggml_soft_max)(ctx, logits))

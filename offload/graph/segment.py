@@ -15,7 +15,7 @@ from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.linear import add_scaled
-from slimoe.offload.graph.router import Selection, add_choice, add_router
+from slimoe.offload.graph.router import Selection, add_choice, add_router, router_input
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.memory.kv_cache import KVCache
@@ -136,7 +136,7 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     assert layer.ffn_norm is not None
     plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
     normed = add_scaled(ctx, plain, layer.ffn_norm)
-    selection = add_router(ctx, spec, layer, normed)
+    selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
     n_expert = int(ggml.tensor_at(selection.ranked).ne[0])
     _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, n_rows))
     _hand_out(blocks, exchange, normed, "normed", (spec.n_embd, n_rows))
@@ -147,7 +147,8 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     for row, index in enumerate(segment.predicted if n_rows == 1 else ()):
         later = blocks.weights.layers[index]
         assert later.ffn_norm is not None
-        logits = add_choice(ctx, spec, later, add_scaled(ctx, plain, later.ffn_norm))
+        read = router_input(ctx, spec, later, plain, add_scaled(ctx, plain, later.ffn_norm))
+        logits = add_choice(ctx, spec, later, read)
         n_expert = int(ggml.tensor_at(logits).ne[0])
         target = exchange.view(ctx, "early_logits", (n_expert, 1), row * spec.n_expert)
         flat = ggml.ggml_reshape_2d(ctx, logits, n_expert, 1)

@@ -9,6 +9,7 @@ kernel than many, so these logits are equal within rounding; what the KV cache h
 
 from dataclasses import dataclass
 
+import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.ggml import ops as ggml
@@ -23,10 +24,10 @@ from slimoe.offload.graph.expert_ffn import (
 )
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
-from slimoe.offload.graph.linear import add_linear, add_norm, last_rows
+from slimoe.offload.graph.linear import add_linear, add_norm, add_rms_norm, add_scaled, last_rows
 from slimoe.offload.graph.recurrent import RecurrentBuilder
-from slimoe.offload.graph.router import Selection, add_router, aux_experts, select_experts
-from slimoe.offload.graph.weights import ModelWeights
+from slimoe.offload.graph.router import Selection, add_router, aux_experts, router_input, select_experts
+from slimoe.offload.graph.weights import LayerWeights, ModelWeights
 from slimoe.offload.memory.kv_cache import KVTensors
 from slimoe.offload.model.spec import ModelSpec
 
@@ -99,11 +100,16 @@ def graph_bytes(spec: ModelSpec, *, is_looked_up: bool) -> int:
 
 def _graph_size(spec: ModelSpec, n_layers: int, *, is_looked_up: bool) -> tuple[int, int]:
     """The most tensors of a graph, and its bytes."""
-    n_nodes = 64 + n_layers * (96 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
+    n_nodes = 64 + n_layers * (112 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
     if is_looked_up:
         n_nodes += n_layers * (NODES_PER_LAYER + NODES_PER_EXPERT * spec.n_expert_used)
     n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
     return n_nodes, n_bytes
+
+
+def _inverse(factor: float) -> float:
+    """One over a factor, in F32."""
+    return float(np.float32(1.0) / np.float32(factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +149,30 @@ class BlockBuilder:
             assert spec.recurrent is not None
             recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, self.cache, self.shape, self.inputs)
             output = recurrent.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps))
-            return self._added(output, hidden, n_rows)
+            return self._added(layer, output, hidden, n_rows)
         builder = AttentionBuilder if layer.latent is None else LatentAttentionBuilder
         attention = builder(ctx, self.graph, spec, self.cache, self.shape, self.inputs, self.weights.rope_freqs)
         n_queries = self.shape.n_queries if index == spec.n_layer - 1 else self.shape.n_tokens
         output = attention.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps), n_queries)
-        return self._added(output, hidden, n_rows)
+        return self._added(layer, output, hidden, n_rows)
 
-    def _added(self, output: int, hidden: int, n_rows: int) -> int:
+    def _added(self, layer: LayerWeights, output: int, hidden: int, n_rows: int) -> int:
         """The last rows of a block's first half added to the residual stream."""
-        update = self._scaled(last_rows(self.ctx, output, n_rows), self.spec.multipliers.residual)
+        update = self._normed(last_rows(self.ctx, output, n_rows), layer.post.attention)
+        update = self._scaled(update, self.spec.multipliers.residual)
         return int(ggml.ggml_add(self.ctx, update, last_rows(self.ctx, hidden, n_rows)))
 
     def add_feed_forward(self, index: int, hidden: int) -> int:
         """The second half of a block, [n_embd, n_rows], dense or of experts; a block can be without one."""
         ctx, spec, layer = self.ctx, self.spec, self.weights.layers[index]
         if layer.ffn_norm is None:
-            return hidden
-        normed = add_norm(ctx, hidden, layer.ffn_norm, spec.rms_eps)
+            return self._finished(layer, hidden)
+        plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
+        normed = add_scaled(ctx, plain, layer.ffn_norm)
         if layer.router is None:
             update = add_dense_ffn(ctx, layer, normed)
             return int(ggml.ggml_add(ctx, self._scaled(update, spec.multipliers.residual), hidden))
-        selection = add_router(ctx, spec, layer, normed)
+        selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
         if self.ranked is not None:
             ggml.ggml_set_output(selection.ranked)
             self.ranked.append((index, selection.ranked))
@@ -189,16 +197,29 @@ class BlockBuilder:
         if selection.aux_weights:
             ids = aux_experts(ctx, self.spec, selection.ranked)
             update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights)
+        update = self._normed(update, layer.post.experts)
         if shared is not None:
-            update = int(
-                ggml.ggml_add(ctx, update, add_shared_expert(ctx, shared, normed, self.spec.architecture.shared))
-            )
-        return int(ggml.ggml_add(ctx, self._scaled(update, self.spec.multipliers.residual), hidden))
+            read = self._normed(hidden, shared.norm) if shared.norm else normed
+            beside = self._normed(add_shared_expert(ctx, shared, read, self.spec.architecture), shared.post_norm)
+            update = int(ggml.ggml_add(ctx, update, beside))
+        update = self._scaled(self._normed(update, layer.post.ffn), self.spec.multipliers.residual)
+        return self._finished(layer, int(ggml.ggml_add(ctx, update, hidden)))
+
+    def _normed(self, rows: int, norm: int) -> int:
+        """Rows that are normalised where there is a norm."""
+        return add_rms_norm(self.ctx, rows, norm, self.spec.rms_eps) if norm else rows
+
+    def _finished(self, layer: LayerWeights, hidden: int) -> int:
+        """The residual stream as it leaves a block."""
+        return int(ggml.ggml_mul(self.ctx, hidden, layer.post.scale)) if layer.post.scale else hidden
 
     def add_logits(self, hidden: int) -> int:
         """The model's output, F32 [n_vocab, n_out], as the graph's own output."""
         normed = add_norm(self.ctx, hidden, self.weights.output_norm, self.spec.rms_eps)
         logits = self._scaled(add_linear(self.ctx, self.weights.output, normed), self.spec.multipliers.logits)
+        if softcap := self.spec.multipliers.softcap:
+            bounded = ggml.ggml_tanh(self.ctx, ggml.ggml_scale(self.ctx, logits, _inverse(softcap)))
+            logits = int(ggml.ggml_scale(self.ctx, bounded, softcap))
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(self.graph, logits)
         return logits

@@ -49,11 +49,23 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """Tensor addresses of a shared expert; `gate` is 0 where nothing gates its output."""
+    """Tensor addresses of a shared expert, as in `SharedSources`; 0 for what it does not have."""
 
     gate_up: tuple[Linear, ...]
     down: Linear
     gate: int = 0
+    norm: int = 0
+    post_norm: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PostWeights:
+    """Tensor addresses of what a block's updates pass, as in `PostSources`; 0 for what it does not have."""
+
+    attention: int = 0
+    experts: int = 0
+    ffn: int = 0
+    scale: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,8 @@ class LayerWeights:
     latent: LatentWeights | None = None
     aux: tuple[int, ...] = ()
     recurrent: RecurrentWeights | None = None
+    router_scale: int = 0
+    post: PostWeights = PostWeights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +298,14 @@ def _recurrent_weights(source: RecurrentSources, weight: Callable[[WeightSource 
     )
 
 
+def _shared_weights(
+    source: SharedSources, weight: Callable[[WeightSource | None], int], linear: Callable[[LinearSource], Linear]
+) -> SharedWeights:
+    """A shared expert's tensors, by `weight` and `linear`, which make one ready."""
+    vectors = (weight(one) for one in (source.gate, source.norm, source.post_norm))
+    return SharedWeights(tuple(linear(part) for part in source.gate_up), linear(source.down), *vectors)
+
+
 class Tensors(Protocol):
     """Gives each weight its tensor, such as a `WeightStore`."""
 
@@ -324,11 +346,6 @@ def load_weights(
     def optional(source: LinearSource | None) -> Linear | None:
         return linear(source) if source else None
 
-    def shared(source: SharedSources | None) -> SharedWeights | None:
-        if source is None:
-            return None
-        return SharedWeights(tuple(linear(part) for part in source.gate_up), linear(source.down), weight(source.gate))
-
     def latent(source: LatentSources | None) -> LatentWeights | None:
         parts = (source.q, source.k, source.v) if source else ()
         return LatentWeights(*(optional(part) or Linear(0) for part in parts)) if parts else None
@@ -345,13 +362,15 @@ def load_weights(
             q_norm=weight(source.q_norm),
             k_norm=weight(source.k_norm),
             choice_bias=weight(source.choice_bias),
-            shared=shared(source.shared),
+            shared=_shared_weights(source.shared, weight, linear) if source.shared else None,
             sinks=weight(source.sinks),
             expert_biases=tuple(weight(bias) for bias in source.expert_biases),
             expert_scales=tuple(weight(scale) for scale in source.expert_scales),
             latent=latent(source.latent),
             aux=tuple(weight(vectors) for vectors in source.aux),
             recurrent=_recurrent_weights(source.recurrent, weight) if source.recurrent else None,
+            router_scale=weight(source.router_scale),
+            post=PostWeights(*map(weight, source.post.parts)),
         )
 
     if token_embd is None:

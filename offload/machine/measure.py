@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from slimoe.offload.machine.speed import (
 )
 from slimoe.offload.machine.transfer_bench import MAX_PIECE, disk_bytes_per_second, link_speed
 from slimoe.offload.machine.workload import expert_matrices, layer_matrices
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.experts import ExpertLayer
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
@@ -40,13 +42,14 @@ _LINK_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class KernelNeeds:
-    """The kernels that a model uses, with the rows of their largest matrix, its attention, and sizes in bytes.
+    """The kernels that a model uses, with the rows of their largest matrix, its attentions, with the number of layers
+    that have them, and sizes in bytes.
 
     The largest copy of an expert has `expert_bytes`, and all matrices together have `n_bytes`.
     """
 
     kernels: Mapping[MatrixKernel, int]
-    attention: AttentionShape
+    attentions: Mapping[AttentionShape, int]
     expert_bytes: int
     n_bytes: int
 
@@ -73,10 +76,15 @@ def kernel_needs(
         kernels[kernel] = max(kernels.get(kernel, 0), source.ne[1])
         n_bytes += source.n_bytes
     copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
-    own = spec.attention
-    n_value = own.value_length if own.value_length != own.key_length else 0
-    shape = AttentionShape(spec.n_head, spec.n_head_kv, own.key_length, kv_type, n_value, not own.has_values)
-    return KernelNeeds(kernels, shape, max(copies, default=0), n_bytes)
+    # A model without attention has that of its keys measured, which nothing then takes.
+    attentions = Counter(_attention_shape(spec.attention_of(layer), kv_type) for layer in spec.attention_layers)
+    attentions = attentions or Counter([_attention_shape(spec.attention, kv_type)])
+    return KernelNeeds(kernels, attentions, max(copies, default=0), n_bytes)
+
+
+def _attention_shape(of: AttentionSpec, kv_type: Type) -> AttentionShape:
+    n_value = of.value_length if of.value_length != of.key_length else 0
+    return AttentionShape(of.n_head, of.n_head_kv, of.key_length, kv_type, n_value, not of.has_values)
 
 
 class Calibration:
@@ -134,15 +142,18 @@ class Calibration:
                 return known(f"{group}: {kernel.name} x {n_rows}", SpeedCurve, lambda b: b.curve(kernel, n_rows))
 
             overheads = known(f"{name}: overheads", Overheads, lambda b: b.overheads())
-            shape = needs.attention
-            one = known(f"{group}: {shape.name}", _Number, lambda b: _Number(b.attention(shape)))
-            batch = known(
-                f"{group}: {shape.name} x {BATCH_QUERIES}",
-                _Number,
-                lambda b: _Number(b.attention(shape, BATCH_QUERIES)),
+
+            def attention(shape: AttentionShape, n_queries: int) -> float:
+                name = f"{group}: {shape.name}{f' x {n_queries}' if n_queries > 1 else ''}"
+                return known(name, _Number, lambda b: _Number(b.attention(shape, n_queries))).value
+
+            one, batch = (
+                sum(n * attention(shape, n_queries) for shape, n in needs.attentions.items())
+                / sum(needs.attentions.values())
+                for n_queries in (1, BATCH_QUERIES)
             )
             kernels = {kernel.name: curve(kernel, n_rows) for kernel, n_rows in needs.kernels.items()}
-        return ProcessorSpeed(kernels, overheads, one.value, batch.value)
+        return ProcessorSpeed(kernels, overheads, one, batch)
 
     def link(self, name: str, backend: Backend) -> LinkSpeed:
         """The speed of the link to a device."""

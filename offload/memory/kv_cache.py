@@ -35,13 +35,11 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: 
     Raises UsageError for a type that does not divide the heads.
     """
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    attention = spec.attention
-    for length in (attention.key_length, attention.value_length):
+    for length in (length for of in spec.attentions for length in (of.key_length, of.value_length)):
         if length % block:
             raise UsageError(f"Heads of {length} do not divide into {kind.name} blocks. Use --kv-type f16.")
-    n_values = attention.key_length + (attention.value_length if attention.has_values else 0)
-    n_layer = len(_with_attention(spec, layers))
-    return int(n_layer * n_cells * spec.n_head_kv * n_values // block * block_bytes)
+    n_values = sum(spec.attention_of(layer).n_cached for layer in _with_attention(spec, layers))
+    return int(n_cells * n_values // block * block_bytes)
 
 
 def state_bytes(spec: ModelSpec, layers: Collection[int] | None = None) -> int:
@@ -93,11 +91,13 @@ class KVCache:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
         self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
-        attention, own = spec.attention, _with_attention(spec, layers)
-        cells = (n_cells, spec.n_head_kv)
-        self.keys = {layer: self._tensor(kind, attention.key_length, *cells) for layer in own}
-        with_values = own if attention.has_values else []
-        self.values = {layer: self._tensor(kind, attention.value_length, *cells) for layer in with_values}
+        own = {layer: spec.attention_of(layer) for layer in _with_attention(spec, layers)}
+        self.keys = {layer: self._tensor(kind, of.key_length, n_cells, of.n_head_kv) for layer, of in own.items()}
+        self.values = {
+            layer: self._tensor(kind, of.value_length, n_cells, of.n_head_kv)
+            for layer, of in own.items()
+            if of.has_values
+        }
         self.convs, self.matrices = dict[int, int](), dict[int, int]()
         if recurrent := spec.recurrent:
             kept = [layer for layer in spec.recurrent_layers if layers is None or layer in layers]

@@ -29,13 +29,15 @@ class Router:
     `score` is the architecture's own, which the key `expert_gating_func` may replace where `reads_score`; files without
     the key and of these `sigmoid_sizes`, layers and tokens of the vocabulary, have the sigmoid. With
     `renormalise` the weights of the selected experts are scaled to a sum of 1; None leaves it to the key
-    `expert_weights_norm`.
+    `expert_weights_norm`. Where it `reads_residual`, its input is not the experts' but the residual stream, normalised,
+    divided by the root of its length, and multiplied with a vector of its own.
     """
 
     score: Score = "softmax"
     reads_score: bool = False
     renormalise: bool | None = True
     sigmoid_sizes: tuple[tuple[int, int], ...] = ()
+    reads_residual: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +47,30 @@ class SharedExpert:
     `width` says where its width stands: in the key `expert_shared_feed_forward_length`, without which there is no such
     part ("key") or it is the dense one ("key_or_dense"); or it is an expert's times `expert_shared_count` ("counted"),
     where the key may replace the expert's ("key_counted"). With a `gate` its output is multiplied with the sigmoid of a
-    vector's product with the input, computed as such or as llama.cpp once did, SiLU over its argument.
+    vector's product with the input, computed as such or as llama.cpp once did, SiLU over its argument. One that is the
+    model's dense part ("dense") has the dense width and names, and norms of its own, before it and behind it.
     """
 
-    width: Literal["key", "key_or_dense", "counted", "key_counted"]
+    width: Literal["key", "key_or_dense", "counted", "key_counted", "dense"]
     gate: Literal["sigmoid", "silu_quotient"] | None = None
 
+    @property
+    def suffix(self) -> str:
+        """What its matrices' roles end with behind ffn_gate, ffn_up and ffn_down."""
+        return "" if self.width == "dense" else "_shexp"
 
-Activation = Literal["swiglu", "swiglu_oai"]
-"""What joins an expert's gate and up: SwiGLU, or OpenAI's, whose inputs are clamped and whose up is raised by one."""
+
+Activation = Literal["swiglu", "swiglu_oai", "geglu"]
+"""What joins an expert's gate and up: SwiGLU, OpenAI's, whose inputs are clamped and whose up is raised by one, or
+GeGLU by GELU's approximation with tanh.
+"""
 
 Recurrence = Literal["delta_net", "short_conv"]
 """What layers without attention keep a state by: a gated delta net, or a short convolution alone."""
 
 When = Literal[
     "model",
+    "layer",
     "attention",
     "recurrent",
     "q",
@@ -72,7 +83,8 @@ When = Literal[
     "experts",
     "shared",
 ]
-"""Where a tensor belongs: to the model as a whole, or to each layer that has such a part or form of attention."""
+"""Where a tensor belongs: to the model as a whole, to each layer, or to each that has such a part or form of attention.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +92,15 @@ class TensorRole:
     """One kind of weight: its `role`, which is llama.cpp's name of the tensor, its shape in ggml's order, where it is.
 
     The shape is given in sizes that have names: see `tensor_list.sizes`. A bias has the `suffix` "bias"; those of
-    attention's and dense matrices may always be there, and need no role. Some files have another name, `stored_as`.
+    attention's and dense matrices may always be there, and need no role. A factor on a matrix's product, or on its
+    input, has the suffix "scale". Some files have another name, `stored_as`.
     """
 
     role: str
     ne: tuple[str, ...]
     when: When
     is_optional: bool = False
-    suffix: Literal["weight", "bias", ""] = "weight"
+    suffix: Literal["weight", "bias", "scale", ""] = "weight"
     stored_as: str = ""
 
     def name(self, block: str = "") -> str:
@@ -116,6 +129,12 @@ class Architecture:
     Of architectures with a `recurrence` some layers have it in place of attention. With `groups_heads` the value heads
     of one key head of a delta net are neighbours, and their beta and alpha are one matrix. If it `gates_attention`, the
     matrix of queries makes for each head a row more, whose sigmoid the head's output is multiplied with.
+    If it `norms_values`, each head's values are normalised, without a weight. With `has_window_heads` layers with a
+    window have sizes of heads, and a rotation, of their own, and what divides frequencies does so in the others. With
+    `has_post_norms` what attention and the feed-forward part add to the residual stream is normalised before. If it
+    `scales_embeddings`, these are multiplied with the root of their length, and products of queries and keys with 1;
+    logits are bounded as the key `final_logit_softcapping` says. `absent` are keys that are not above 0 in the models
+    that are run, with what they would mean.
     `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
@@ -143,9 +162,22 @@ class Architecture:
     recurrence: Recurrence | None = None
     groups_heads: bool = False
     gates_attention: bool = False
+    norms_values: bool = False
+    has_window_heads: bool = False
+    has_post_norms: bool = False
+    scales_embeddings: bool = False
+    absent: tuple[tuple[str, str], ...] = ()
     difference: str = ""
 
     @property
     def has_expert_biases(self) -> bool:
         """Whether the products of its experts' matrices have biases, [n, n_expert] each."""
-        return any(role.role == "ffn_down_exps" and role.suffix == "bias" for role in self.tensors)
+        return self._has_down("bias")
+
+    @property
+    def has_down_scales(self) -> bool:
+        """Whether each expert's output has a factor, in a vector [n_expert]."""
+        return self._has_down("scale")
+
+    def _has_down(self, suffix: str) -> bool:
+        return any(role.role == "ffn_down_exps" and role.suffix == suffix for role in self.tensors)

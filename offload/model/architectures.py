@@ -3,113 +3,44 @@
 from dataclasses import replace
 
 from slimoe.offload.model.architecture import Architecture, RopeType, Router, SharedExpert, TensorRole
-
-_BEGIN = (
-    TensorRole("token_embd", ("n_embd", "n_vocab"), "model"),
-    TensorRole("attn_norm", ("n_embd",), "attention"),
-    TensorRole("attn_q", ("n_embd", "n_q"), "attention"),
-    TensorRole("attn_k", ("n_embd", "n_kv"), "attention"),
-    TensorRole("attn_v", ("n_embd", "n_kv"), "attention"),
+from slimoe.offload.model.tensor_roles import (
+    ATTN_OUTPUT,
+    BEGIN,
+    CHOICE_BIAS,
+    CHOICE_BIAS_OR_NONE,
+    DELTA_NET,
+    DENSE,
+    END,
+    EXPERTS,
+    FFN_NORM,
+    GATED_ATTENTION,
+    GATED_END,
+    MLA,
+    MLA_END,
+    NORM_OF_HEADS,
+    NORM_OF_HEADS_OR_NONE,
+    NORM_OF_ROWS,
+    OUTPUT,
+    OUTPUT_NORM,
+    OUTPUT_OR_TIED,
+    RECURRENT_NORM,
+    ROPE_FACTORS,
+    ROPE_FREQS,
+    ROUTER,
+    SHARED,
+    SHARED_GATE,
 )
-_ROPE_FREQS = TensorRole("rope_freqs", ("n_rot_pairs",), "model", is_optional=True)
-_ROPE_FACTORS = (
-    TensorRole("rope_factors_short", ("n_rot_pairs",), "model", is_optional=True),
-    TensorRole("rope_factors_long", ("n_rot_pairs",), "model", is_optional=True),
-)
-_NORM_OF_HEADS = (
-    TensorRole("attn_q_norm", ("n_embd_head",), "attention"),
-    TensorRole("attn_k_norm", ("n_embd_head",), "attention"),
-)
-_NORM_OF_HEADS_OR_NONE = (
-    TensorRole("attn_q_norm", ("n_embd_head",), "attention", is_optional=True),
-    TensorRole("attn_k_norm", ("n_embd_head",), "attention", is_optional=True),
-)
-_NORM_OF_ROWS = (
-    TensorRole("attn_q_norm", ("n_q",), "attention"),
-    TensorRole("attn_k_norm", ("n_kv",), "attention"),
-)
-_ATTN_OUTPUT = TensorRole("attn_output", ("n_q", "n_embd"), "attention")
-_FFN_NORM = TensorRole("ffn_norm", ("n_embd",), "ffn")
-_ROUTER = TensorRole("ffn_gate_inp", ("n_embd", "n_expert"), "router")
-_CHOICE_BIAS = TensorRole("exp_probs_b", ("n_expert",), "router", suffix="bias")
-_CHOICE_BIAS_OR_NONE = TensorRole("exp_probs_b", ("n_expert",), "router", is_optional=True, suffix="bias")
-_DENSE = (
-    TensorRole("ffn_gate", ("n_embd", "n_ff"), "dense"),
-    TensorRole("ffn_up", ("n_embd", "n_ff"), "dense"),
-    TensorRole("ffn_down", ("n_ff", "n_embd"), "dense"),
-)
-_EXPERTS = (
-    TensorRole("ffn_gate_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
-    TensorRole("ffn_up_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
-    TensorRole("ffn_down_exps", ("n_ff", "n_embd", "n_expert"), "experts"),
-)
-_SHARED = (
-    TensorRole("ffn_gate_shexp", ("n_embd", "n_ff_shared"), "shared"),
-    TensorRole("ffn_up_shexp", ("n_embd", "n_ff_shared"), "shared"),
-    TensorRole("ffn_down_shexp", ("n_ff_shared", "n_embd"), "shared"),
-)
-_SHARED_GATE = TensorRole("ffn_gate_inp_shexp", ("n_embd",), "shared")
-_OUTPUT_NORM = TensorRole("output_norm", ("n_embd",), "model")
-_OUTPUT = TensorRole("output", ("n_embd", "n_vocab"), "model")
-_OUTPUT_OR_TIED = TensorRole("output", ("n_embd", "n_vocab"), "model", is_optional=True)
-_END = (_ATTN_OUTPUT, _FFN_NORM, _ROUTER, *_DENSE, *_EXPERTS, _OUTPUT_NORM)
-
-_RECURRENT_NORM = TensorRole("attn_norm", ("n_embd",), "recurrent")
-_DELTA_NET = (
-    _RECURRENT_NORM,
-    TensorRole("attn_qkv", ("n_embd", "n_conv_channels"), "recurrent"),
-    TensorRole("attn_gate", ("n_embd", "n_inner"), "recurrent"),
-    TensorRole("ssm_conv1d", ("n_conv", "n_conv_channels"), "recurrent"),
-    TensorRole("ssm_dt", ("n_rank",), "recurrent", suffix="bias"),
-    TensorRole("ssm_a", ("n_rank",), "recurrent", suffix=""),
-    TensorRole("ssm_norm", ("n_state",), "recurrent"),
-    TensorRole("ssm_out", ("n_inner", "n_embd"), "recurrent"),
-)
-_GATED_ATTENTION = (
-    _BEGIN[0],
-    TensorRole("attn_norm", ("n_embd",), "attention"),
-    TensorRole("attn_q", ("n_embd", "n_q_rows"), "attention"),
-    TensorRole("attn_k", ("n_embd", "n_kv"), "attention"),
-    TensorRole("attn_v", ("n_embd", "n_kv"), "attention"),
-    *_NORM_OF_HEADS,
-    _ATTN_OUTPUT,
-)
-_GATED_END = (
-    TensorRole("post_attention_norm", ("n_embd",), "ffn"),
-    _ROUTER,
-    *_EXPERTS,
-    *_SHARED,
-    _SHARED_GATE,
-    _OUTPUT_NORM,
-    _OUTPUT_OR_TIED,
-)
-
-_MLA = (
-    _BEGIN[0],
-    TensorRole("attn_norm", ("n_embd",), "attention"),
-    TensorRole("attn_q", ("n_embd", "n_q"), "q"),
-    TensorRole("attn_q_a", ("n_embd", "n_lora_q"), "low_rank_q"),
-    TensorRole("attn_q_a_norm", ("n_lora_q",), "low_rank_q"),
-    TensorRole("attn_q_b", ("n_lora_q", "n_q"), "low_rank_q"),
-    TensorRole("attn_kv_a_mqa", ("n_embd", "n_lora_kv_rot"), "attention"),
-    TensorRole("attn_kv_a_norm", ("n_lora_kv",), "attention"),
-    TensorRole("attn_k_b", ("n_unrotated", "n_lora_kv", "n_head"), "absorbed"),
-    TensorRole("attn_v_b", ("n_lora_kv", "n_embd_head_v", "n_head"), "absorbed"),
-    TensorRole("attn_kv_b", ("n_lora_kv", "n_kv_b"), "unabsorbed"),
-    TensorRole("attn_output", ("n_attn_output", "n_embd"), "attention"),
-)
-_MLA_END = (_FFN_NORM, _ROUTER, _CHOICE_BIAS_OR_NONE, *_DENSE, *_EXPERTS, *_SHARED, _OUTPUT_NORM, _OUTPUT_OR_TIED)
 
 LLAMA = Architecture(
     name="llama",
     models="Llama, Mistral and Mixtral",
-    tensors=(_ROPE_FREQS, *_ROPE_FACTORS, *_BEGIN, *_END, _OUTPUT_OR_TIED),
+    tensors=(ROPE_FREQS, *ROPE_FACTORS, *BEGIN, *END, OUTPUT_OR_TIED),
     may_be_dense=True,
 )
 QWEN2MOE = Architecture(
     name="qwen2moe",
     models="Qwen1.5-MoE and Qwen2-57B-A14B",
-    tensors=(*_BEGIN, *_END, *_SHARED, _SHARED_GATE, _OUTPUT),
+    tensors=(*BEGIN, *END, *SHARED, SHARED_GATE, OUTPUT),
     rope=RopeType.NEOX,
     router=Router(renormalise=False),
     shared=SharedExpert("key_or_dense", gate="silu_quotient"),
@@ -118,7 +49,7 @@ QWEN2MOE = Architecture(
 QWEN3MOE = Architecture(
     name="qwen3moe",
     models="Qwen3 MoE",
-    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _OUTPUT_OR_TIED),
+    tensors=(*BEGIN, *NORM_OF_HEADS, *END, OUTPUT_OR_TIED),
     rope=RopeType.NEOX,
     qk_norm="head",
     width_key="expert_feed_forward_length",
@@ -126,7 +57,7 @@ QWEN3MOE = Architecture(
 OLMOE = Architecture(
     name="olmoe",
     models="OLMoE",
-    tensors=(*_BEGIN, *_NORM_OF_ROWS, *_END, _OUTPUT),
+    tensors=(*BEGIN, *NORM_OF_ROWS, *END, OUTPUT),
     rope=RopeType.NEOX,
     qk_norm="row",
     router=Router(renormalise=False),
@@ -135,10 +66,10 @@ PHIMOE = Architecture(
     name="phimoe",
     models="Phi-3.5-MoE",
     tensors=(
-        *_ROPE_FACTORS,
-        *_BEGIN,
-        *_END,
-        _OUTPUT,
+        *ROPE_FACTORS,
+        *BEGIN,
+        *END,
+        OUTPUT,
         TensorRole("attn_norm", ("n_embd",), "attention", suffix="bias"),
         TensorRole("ffn_norm", ("n_embd",), "ffn", suffix="bias"),
         TensorRole("output_norm", ("n_embd",), "model", suffix="bias"),
@@ -152,14 +83,14 @@ PHIMOE = Architecture(
 GRANITEMOE = Architecture(
     name="granitemoe",
     models="Granite 3 and 4 MoE",
-    tensors=(_ROPE_FREQS, *_ROPE_FACTORS, *_BEGIN, *_END, *_SHARED, _OUTPUT_OR_TIED),
+    tensors=(ROPE_FREQS, *ROPE_FACTORS, *BEGIN, *END, *SHARED, OUTPUT_OR_TIED),
     shared=SharedExpert("key"),
     has_multipliers=True,
 )
 DOTS1 = Architecture(
     name="dots1",
     models="dots.llm1",
-    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT),
+    tensors=(*BEGIN, *NORM_OF_HEADS, *END, CHOICE_BIAS_OR_NONE, *SHARED, OUTPUT),
     rope=RopeType.NEOX,
     qk_norm="head",
     router=Router(score="sigmoid", reads_score=True, renormalise=None),
@@ -170,7 +101,7 @@ DOTS1 = Architecture(
 ERNIE4_5_MOE = Architecture(
     name="ernie4_5-moe",
     models="ERNIE 4.5 MoE",
-    tensors=(*_BEGIN, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT_OR_TIED),
+    tensors=(*BEGIN, *END, CHOICE_BIAS_OR_NONE, *SHARED, OUTPUT_OR_TIED),
     shared=SharedExpert("key"),
     width_key="expert_feed_forward_length",
     has_dense_layers=True,
@@ -178,7 +109,7 @@ ERNIE4_5_MOE = Architecture(
 HUNYUAN_MOE = Architecture(
     name="hunyuan-moe",
     models="Hunyuan-A13B",
-    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, *_SHARED, _OUTPUT_OR_TIED),
+    tensors=(*BEGIN, *NORM_OF_HEADS, *END, *SHARED, OUTPUT_OR_TIED),
     rope=RopeType.NEOX,
     qk_norm="head_after_rope",
     shared=SharedExpert("key_or_dense"),
@@ -186,7 +117,7 @@ HUNYUAN_MOE = Architecture(
 MINIMAX_M2 = Architecture(
     name="minimax-m2",
     models="MiniMax-M2",
-    tensors=(*_BEGIN, *_NORM_OF_ROWS, *_END, _CHOICE_BIAS, _OUTPUT),
+    tensors=(*BEGIN, *NORM_OF_ROWS, *END, CHOICE_BIAS, OUTPUT),
     rope=RopeType.NEOX,
     qk_norm="row",
     rotates_partly=True,
@@ -196,17 +127,17 @@ GLM4MOE = Architecture(
     name="glm4moe",
     models="GLM-4.5, 4.6 and 4.7",
     tensors=(
-        *_BEGIN,
-        *_NORM_OF_HEADS_OR_NONE,
-        _ATTN_OUTPUT,
+        *BEGIN,
+        *NORM_OF_HEADS_OR_NONE,
+        ATTN_OUTPUT,
         TensorRole("post_attention_norm", ("n_embd",), "ffn"),
-        _ROUTER,
-        _CHOICE_BIAS,
-        *_DENSE,
-        *_EXPERTS,
-        *_SHARED,
-        _OUTPUT_NORM,
-        _OUTPUT_OR_TIED,
+        ROUTER,
+        CHOICE_BIAS,
+        *DENSE,
+        *EXPERTS,
+        *SHARED,
+        OUTPUT_NORM,
+        OUTPUT_OR_TIED,
     ),
     rope=RopeType.NEOX,
     qk_norm="head",
@@ -220,7 +151,7 @@ GLM4MOE = Architecture(
 DEEPSEEK2 = Architecture(
     name="deepseek2",
     models="DeepSeek-V2 and V3, R1, Kimi-K2, Moonlight, GLM-4.7-Flash",
-    tensors=(*_MLA, *_MLA_END),
+    tensors=(*MLA, *MLA_END),
     router=Router(reads_score=True, renormalise=None, sigmoid_sizes=((47, 154880), (48, 154880))),
     shared=SharedExpert("counted"),
     width_key="expert_feed_forward_length",
@@ -233,19 +164,19 @@ GPT_OSS = Architecture(
     name="gpt-oss",
     models="gpt-oss",
     tensors=(
-        *_BEGIN,
+        *BEGIN,
         TensorRole("attn_sinks", ("n_head",), "attention"),
-        _ATTN_OUTPUT,
+        ATTN_OUTPUT,
         TensorRole("attn_output", ("n_embd",), "attention", suffix="bias"),
         TensorRole("post_attention_norm", ("n_embd",), "ffn"),
-        _ROUTER,
+        ROUTER,
         TensorRole("ffn_gate_inp", ("n_expert",), "router", suffix="bias"),
-        *_EXPERTS,
+        *EXPERTS,
         TensorRole("ffn_gate_exps", ("n_ff", "n_expert"), "experts", suffix="bias"),
         TensorRole("ffn_up_exps", ("n_ff", "n_expert"), "experts", suffix="bias"),
         TensorRole("ffn_down_exps", ("n_embd", "n_expert"), "experts", suffix="bias"),
-        _OUTPUT_NORM,
-        _OUTPUT,
+        OUTPUT_NORM,
+        OUTPUT,
     ),
     rope=RopeType.NEOX,
     ffn_norm="post_attention_norm",
@@ -267,10 +198,10 @@ QWEN3NEXT = Architecture(
     name="qwen3next",
     models="Qwen3-Next and Qwen3-Coder-Next",
     tensors=(
-        *_GATED_ATTENTION,
-        *_DELTA_NET,
+        *GATED_ATTENTION,
+        *DELTA_NET,
         TensorRole("ssm_ba", ("n_embd", "n_rank_pairs"), "recurrent"),
-        *_GATED_END,
+        *GATED_END,
     ),
     rope=RopeType.NEOX,
     qk_norm="head",
@@ -287,11 +218,11 @@ QWEN35MOE = replace(
     name="qwen35moe",
     models="Qwen3.5 and 3.6 MoE",
     tensors=(
-        *_GATED_ATTENTION,
-        *_DELTA_NET,
+        *GATED_ATTENTION,
+        *DELTA_NET,
         TensorRole("ssm_beta", ("n_embd", "n_rank"), "recurrent"),
         TensorRole("ssm_alpha", ("n_embd", "n_rank"), "recurrent"),
-        *_GATED_END,
+        *GATED_END,
     ),
     groups_heads=False,
 )
@@ -299,20 +230,20 @@ LFM2MOE = Architecture(
     name="lfm2moe",
     models="LFM2 and LFM2.5 MoE",
     tensors=(
-        *_BEGIN,
-        *_NORM_OF_HEADS,
-        _RECURRENT_NORM,
+        *BEGIN,
+        *NORM_OF_HEADS,
+        RECURRENT_NORM,
         TensorRole("shortconv.in_proj", ("n_embd", "n_conv_inputs"), "recurrent"),
         TensorRole("shortconv.conv", ("n_conv", "n_embd"), "recurrent"),
         TensorRole("shortconv.out_proj", ("n_embd", "n_embd"), "recurrent"),
-        _ATTN_OUTPUT,
-        _FFN_NORM,
-        _ROUTER,
-        _CHOICE_BIAS,
-        *_DENSE,
-        *_EXPERTS,
+        ATTN_OUTPUT,
+        FFN_NORM,
+        ROUTER,
+        CHOICE_BIAS,
+        *DENSE,
+        *EXPERTS,
         TensorRole("output_norm", ("n_embd",), "model", stored_as="token_embd_norm"),
-        _OUTPUT_OR_TIED,
+        OUTPUT_OR_TIED,
     ),
     rope=RopeType.NEOX,
     qk_norm="head",
@@ -324,7 +255,7 @@ LFM2MOE = Architecture(
 BAILINGMOE2 = Architecture(
     name="bailingmoe2",
     models="Ling 2 and Ring 2",
-    tensors=(*_BEGIN, *_NORM_OF_HEADS, *_END, _CHOICE_BIAS_OR_NONE, *_SHARED, _OUTPUT),
+    tensors=(*BEGIN, *NORM_OF_HEADS, *END, CHOICE_BIAS_OR_NONE, *SHARED, OUTPUT),
     rope=RopeType.NEOX,
     qk_norm="head",
     rotates_partly=True,
@@ -333,6 +264,49 @@ BAILINGMOE2 = Architecture(
     shared=SharedExpert("key_counted"),
     width_key="expert_feed_forward_length",
     has_dense_layers=True,
+)
+GEMMA4 = Architecture(
+    name="gemma4",
+    models="Gemma 4 26B-A4B",
+    tensors=(
+        TensorRole("rope_freqs", ("n_rot_pairs",), "model"),
+        *BEGIN[:-1],
+        TensorRole("attn_v", ("n_embd", "n_kv"), "attention", is_optional=True),
+        *NORM_OF_HEADS,
+        ATTN_OUTPUT,
+        TensorRole("post_attention_norm", ("n_embd",), "attention"),
+        FFN_NORM,
+        TensorRole("ffn_gate", ("n_embd", "n_ff_shared"), "shared"),
+        TensorRole("ffn_up", ("n_embd", "n_ff_shared"), "shared"),
+        TensorRole("ffn_down", ("n_ff_shared", "n_embd"), "shared"),
+        TensorRole("post_ffw_norm_1", ("n_embd",), "shared"),
+        ROUTER,
+        TensorRole("ffn_gate_inp", ("n_embd",), "router", suffix="scale"),
+        TensorRole("pre_ffw_norm_2", ("n_embd",), "ffn"),
+        *EXPERTS,
+        TensorRole("ffn_down_exps", ("n_expert",), "experts", suffix="scale"),
+        TensorRole("post_ffw_norm_2", ("n_embd",), "ffn"),
+        TensorRole("post_ffw_norm", ("n_embd",), "ffn"),
+        TensorRole("layer_output_scale", ("one",), "layer", is_optional=True),
+        OUTPUT_NORM,
+        OUTPUT_OR_TIED,
+    ),
+    rope=RopeType.NEOX,
+    qk_norm="head",
+    ffn_norm="pre_ffw_norm_2",
+    router=Router(reads_residual=True),
+    shared=SharedExpert("dense"),
+    width_key="expert_feed_forward_length",
+    window_period=6,
+    activation="geglu",
+    norms_values=True,
+    has_window_heads=True,
+    has_post_norms=True,
+    scales_embeddings=True,
+    absent=(
+        ("embedding_length_per_layer_input", "embeddings of tokens for each layer, as E2B and E4B have"),
+        ("attention.shared_kv_layers", "layers that read the keys and values of others, as E2B and E4B have"),
+    ),
 )
 ARCHITECTURES = {
     row.name: row
@@ -357,6 +331,7 @@ ARCHITECTURES = {
         QWEN35MOE,
         LFM2MOE,
         BAILINGMOE2,
+        GEMMA4,
     )
 }
 

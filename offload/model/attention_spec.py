@@ -1,6 +1,7 @@
 """The sizes of attention, grouped-query or latent, and the GGUF keys that they are stored under."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,11 @@ class AttentionSpec:
         return self.latent is None or not self.latent.is_absorbed
 
     @property
+    def n_cached(self) -> int:
+        """Values of a token in the KV cache, of all heads of one layer."""
+        return self.n_head_kv * (self.key_length + (self.value_length if self.has_values else 0))
+
+    @property
     def n_output(self) -> int:
         """Values of all heads that the output matrix reads."""
         return self.n_head * (self.latent.n_embd_head_v if self.latent else self.value_length)
@@ -95,15 +101,54 @@ class AttentionSpec:
         return (2 * self.n_head + 4 * self.n_head_kv) * self.n_embd_head + self.n_decompressed
 
 
-def read_attention(keys: MetadataKeys, architecture: Architecture, n_embd: int) -> AttentionSpec:
-    """Reads the `attention.` keys; raises ModelFileError for contradictions, UnsupportedModelError for the unknown."""
-    if architecture.has_latent_attention:
-        return _read_latent(keys, architecture)
-    n_head = keys.count("attention.head_count")
-    n_head_kv = _n_head_kv(keys, architecture, n_head)
+def read_window_attention(
+    keys: MetadataKeys, architecture: Architecture, windowed: Sequence[bool], others: AttentionSpec
+) -> AttentionSpec | None:
+    """The attention of layers with a window, where it may be another than the `others`'. Raises as `read_attention`."""
+    if not architecture.has_window_heads:
+        return None
+    n_head_kv = _heads_by_window(keys, windowed, is_windowed=True)
+    n_embd_head = keys.count("attention.key_length_swa", others.n_embd_head)
+    _check_heads(keys, others.n_head, n_head_kv)
+    if keys.count("attention.value_length_swa", n_embd_head) != n_embd_head:
+        raise UnsupportedModelError(keys.gguf.path, "keys and values of different length are not supported.")
+    return replace(others, n_head_kv=n_head_kv, n_embd_head=n_embd_head)
+
+
+def _heads_by_window(keys: MetadataKeys, windowed: Sequence[bool], *, is_windowed: bool) -> int:
+    """The key heads of all layers with a window, or of all without one; those of the others where there is none."""
+    name = "attention.head_count_kv"
+    if not keys.is_array(name):
+        return keys.count(name)
+    every = keys.integers(name, keys.count("block_count"), least=1)
+    own = [n for n, has_window in zip(every, windowed, strict=False) if has_window is is_windowed] or every
+    if len(set(own)) > 1:
+        problem = f"{keys.prefix}{name} differs between layers {'with' if is_windowed else 'without'} a window."
+        raise UnsupportedModelError(keys.gguf.path, problem)
+    return own[0]
+
+
+def _check_heads(keys: MetadataKeys, n_head: int, n_head_kv: int) -> None:
     if n_head % n_head_kv:
         problem = f"{n_head} attention heads do not divide into groups for {n_head_kv} key heads."
         raise ModelFileError(keys.gguf.path, problem, AGAIN)
+
+
+def read_attention(
+    keys: MetadataKeys, architecture: Architecture, n_embd: int, windowed: Sequence[bool] = ()
+) -> AttentionSpec:
+    """Reads the `attention.` keys; where layers that are `windowed` have heads of their own, those of the others.
+
+    Raises ModelFileError for contradictions, UnsupportedModelError for the unknown.
+    """
+    if architecture.has_latent_attention:
+        return _read_latent(keys, architecture)
+    n_head = keys.count("attention.head_count")
+    if architecture.has_window_heads:
+        n_head_kv = _heads_by_window(keys, windowed, is_windowed=False)
+    else:
+        n_head_kv = _n_head_kv(keys, architecture, n_head)
+    _check_heads(keys, n_head, n_head_kv)
     n_embd_head = keys.count("attention.key_length", n_embd // n_head if n_embd % n_head == 0 else -1)
     if keys.count("attention.value_length", n_embd_head) != n_embd_head:
         raise UnsupportedModelError(keys.gguf.path, "keys and values of different length are not supported.")
@@ -167,6 +212,15 @@ def _read_temperature(keys: MetadataKeys) -> Temperature | None:
     if not keys.value("attention.temperature_scale", 0.0):
         return None
     return Temperature(keys.number("attention.temperature_scale"), keys.count("attention.temperature_length"))
+
+
+def window_metadata(attention: AttentionSpec, window: AttentionSpec, windowed: Sequence[bool]) -> dict[str, Value]:
+    """The keys and values of layers with heads of their own where they are `windowed`, without prefix."""
+    return {
+        "attention.head_count_kv": [(window if has_window else attention).n_head_kv for has_window in windowed],
+        "attention.key_length_swa": window.key_length,
+        "attention.value_length_swa": window.value_length,
+    }
 
 
 def attention_metadata(attention: AttentionSpec) -> dict[str, Value]:

@@ -170,6 +170,8 @@ def _shared_width(keys: MetadataKeys, architecture: Architecture, n_ff: int, *, 
     stored = keys.count("expert_shared_feed_forward_length", 0)
     if shared.width == "key" or is_native:
         return stored
+    if shared.width == "dense":
+        return keys.count("feed_forward_length")
     if shared.width == "key_or_dense":
         return stored or keys.count("feed_forward_length")
     one = stored if stored and shared.width == "key_counted" else n_ff
@@ -205,6 +207,8 @@ def expert_metadata(
         values["expert_shared_count"] = spec.n_ff_shared // n_ff
     elif architecture.shared is not None and architecture.shared.width == "key_counted":
         values["expert_shared_count"] = min(spec.n_ff_shared, 1)
+    elif architecture.shared is not None and architecture.shared.width == "dense":
+        values["feed_forward_length"] = values.pop("expert_shared_feed_forward_length")
     if not architecture.may_be_dense:  # llama.cpp demands it of some whose experts have the other key's width.
         values["expert_feed_forward_length"] = n_ff
     if architecture.has_dense_layers:

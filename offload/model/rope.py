@@ -18,7 +18,8 @@ class RopeSpec:
     """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`.
 
     With MLA, `yarn_log_multiplier` is a tenth of YaRN's mscale_all_dim, which is its mscale too if `is_mscale_shared`.
-    `window_freq_base` takes the place of `freq_base` in layers with a sliding window; 0 is the same one.
+    `window_freq_base` takes the place of `freq_base` in layers with a sliding window, and `window_n_rot` that of
+    `n_rot`; 0 is the same one.
     """
 
     n_rot: int
@@ -30,6 +31,7 @@ class RopeSpec:
     yarn_log_multiplier: float = 0.0
     is_mscale_shared: bool = False
     window_freq_base: float = 0.0
+    window_n_rot: int = 0
     sections: tuple[int, ...] = ()
     """How many pairs turn by a token's place in time, by its row and by its column, which are the same in text."""
 
@@ -113,10 +115,13 @@ def _mscale(factor: np.float32, mscale: np.float32) -> np.float32:
     return _F32(1.0) if factor <= 1.0 else _F32(0.1) * mscale * _ln(factor) + _F32(1.0)
 
 
-def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, n_ctx_train: int) -> RopeSpec:
+def read_rope(
+    keys: MetadataKeys, architecture: Architecture, n_embd_head: int, n_ctx_train: int, n_window_head: int = 0
+) -> RopeSpec:
     """Reads the `rope.` keys; fewer values than a head has may rotate where the architecture rotates partly.
 
-    Raises UnsupportedModelError for what is not implemented, ModelFileError for nonsense.
+    Heads of layers with a window have `n_window_head` values, or with 0 as many as the others. Raises
+    UnsupportedModelError for what is not implemented, ModelFileError for nonsense.
     """
     n_rot = keys.count("rope.dimension_count", n_embd_head)
     is_partial = architecture.rotates_partly or architecture.has_latent_attention
@@ -126,6 +131,13 @@ def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, 
     scaling = keys.value("rope.scaling.type", "linear")
     if scaling not in ROPE_SCALINGS:
         raise UnsupportedModelError(keys.gguf.path, f"rope scaling of type {scaling!r} is not supported.")
+    n_window_rot = keys.count("rope.dimension_count_swa", n_rot) if n_window_head else 0
+    if n_window_rot > n_window_head or n_window_rot % 2:
+        problem = f"layers with a window rotate {n_window_rot} of {n_window_head} values per head, not pairs."
+        raise UnsupportedModelError(keys.gguf.path, problem)
+    if n_window_head and (factor or scaling in ("yarn", "longrope")):
+        problem = "rope scaling is not supported where layers with a window have heads of their own."
+        raise UnsupportedModelError(keys.gguf.path, problem)
     return RopeSpec(
         n_rot=n_rot,
         n_ctx_orig=keys.count("rope.scaling.original_context_length", n_ctx_train),
@@ -135,9 +147,19 @@ def read_rope(keys: MetadataKeys, architecture: Architecture, n_embd_head: int, 
         attn_multiplier=keys.number("rope.scaling.attn_factor", 1.0),
         yarn_log_multiplier=_log_multiplier(keys) if architecture.has_latent_attention else 0.0,
         is_mscale_shared=architecture.is_mscale_shared,
-        window_freq_base=keys.number("rope.freq_base_swa") if keys.has("rope.freq_base_swa") else 0.0,
+        window_freq_base=_window_base(keys, has_own=n_window_head > 0),
+        window_n_rot=n_window_rot,
         sections=keys.integers("rope.dimension_sections", 4) if keys.has("rope.dimension_sections") else (),
     )
+
+
+def _window_base(keys: MetadataKeys, *, has_own: bool) -> float:
+    """The base in layers with a window; without its key the model's, or llama.cpp's default where these layers have
+    heads of their own.
+    """
+    if not keys.has("rope.freq_base_swa"):
+        return 10000.0 if has_own else 0.0
+    return keys.number("rope.freq_base_swa")
 
 
 def _log_multiplier(keys: MetadataKeys) -> float:

@@ -8,13 +8,21 @@ prefix are the native format's (`native_format`), where sizes may differ between
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value
 from slimoe.offload.gguf.metadata_keys import AGAIN, MetadataKeys
 from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA, variant_of
-from slimoe.offload.model.attention_spec import AttentionSpec, attention_metadata, read_attention
+from slimoe.offload.model.attention_spec import (
+    AttentionSpec,
+    attention_metadata,
+    read_attention,
+    read_window_attention,
+    window_metadata,
+)
 from slimoe.offload.model.expert_spec import ExpertSpec, LayerShape, expert_metadata, read_experts
 from slimoe.offload.model.recurrent_spec import RecurrentSpec, read_recurrent, recurrent_metadata
 from slimoe.offload.model.rope import RopeSpec, read_rope
@@ -33,6 +41,8 @@ _PER_BLOCK = (
     "attention.head_count_kv",
 )
 """Keys that may have a value for each block, whether this architecture reads them or not."""
+_SOFTCAP = 30.0
+"""What bounds logits in files without the key, as llama.cpp has it."""
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot / 2]: Llama 3.1's rope scaling
 
 
@@ -40,12 +50,15 @@ ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotation frequencies, [n_rot
 class Multipliers:
     """Constant factors on the token embeddings, on what each branch of a block adds to the residual stream, on the
     products of queries and keys (0: one over the root of the head size), and on the logits.
+
+    Logits are bounded by `softcap`, x becomes softcap * tanh(x / softcap); 0 is for no bound.
     """
 
     embedding: float = 1.0
     residual: float = 1.0
     attention: float = 0.0
     logits: float = 1.0
+    softcap: float = 0.0
 
 
 NO_MULTIPLIERS = Multipliers()
@@ -58,6 +71,7 @@ class ModelSpec:
     `n_window` are the tokens that the model's own attention looks back, its own one included, 0 for all. So it does
     here in the layers that are `windowed`, one entry per layer; where that is empty, every token sees all before it.
     Where layers differ, `n_ff` and `n_expert` are those of the layer that has most, and `layer_shape` has each layer's.
+    `attention` is that of all layers, but for those with a window where there is a `window_attention`.
     `n_layer_nextn` blocks behind the layers, which predict further tokens, are in a stock file, and are not run.
     """
 
@@ -77,6 +91,7 @@ class ModelSpec:
     n_layer_nextn: int = 0
     windowed: tuple[bool, ...] = ()
     recurrent: RecurrentSpec | None = None
+    window_attention: AttentionSpec | None = None
 
     @property
     def stored_architecture(self) -> str:
@@ -115,6 +130,19 @@ class ModelSpec:
         if latent is not None:
             return self.rope.latent_scale(latent.n_embd_head_k)
         return self.multipliers.attention or 1.0 / math.sqrt(self.attention.n_embd_head)
+
+    def attention_of(self, layer: int) -> AttentionSpec:
+        """The attention of one layer."""
+        return self.window_attention if self.window_attention and self.windowed[layer] else self.attention
+
+    @property
+    def attentions(self) -> tuple[AttentionSpec, ...]:
+        """The different attentions that layers have."""
+        return (self.attention, self.window_attention) if self.window_attention else (self.attention,)
+
+    def n_rot(self, layer: int) -> int:
+        """How many values of a head of one layer rotate."""
+        return self.rope.window_n_rot if self.rope.window_n_rot and self.windowed[layer] else self.rope.n_rot
 
     def window(self, layer: int) -> int:
         """How many tokens the attention of a layer looks back, its own one included; 0 is all."""
@@ -204,18 +232,22 @@ class ModelSpec:
         architecture = ARCHITECTURES[name]
         n_embd = keys.count("embedding_length")
         n_ctx_train = keys.count("context_length")
-        attention = read_attention(keys, architecture, n_embd)
         embeddings = gguf.tensors.get("token_embd.weight")
         n_nextn = keys.count("nextn_predict_layers", 0)
         n_block = keys.count("block_count")
         if n_block > _MOST_BLOCKS:
             raise ModelFileError(gguf.path, f"{stored}.block_count is {n_block}, which cannot be.", AGAIN)
-        for each in filter(keys.is_array, _PER_BLOCK):
-            keys.integers(each, n_block)
         n_layer = n_block - n_nextn
         if n_layer < 1:
             problem = f"{n_nextn} of {n_block} blocks predict further tokens, which leaves no layer."
             raise ModelFileError(gguf.path, problem, AGAIN)
+        _refuse_present(keys, architecture)
+        windowed = _windowed(keys, architecture, n_layer)
+        attention = read_attention(keys, architecture, n_embd, windowed)
+        window_attention = read_window_attention(keys, architecture, windowed, attention)
+        for each in filter(keys.is_array, _PER_BLOCK):
+            keys.integers(each, n_block)
+        n_window_head = window_attention.n_embd_head if window_attention else 0
         n_vocab = embeddings.ne[-1] if embeddings else keys.count("vocab_size")
         experts, n_ff = read_experts(keys, architecture, n_layer, n_vocab, is_native=is_native)
         return cls(
@@ -228,13 +260,14 @@ class ModelSpec:
             rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
             attention=attention,
             experts=experts,
-            rope=read_rope(keys, architecture, attention.n_embd_head, n_ctx_train),
+            rope=read_rope(keys, architecture, attention.n_embd_head, n_ctx_train, n_window_head),
             n_window=keys.count("attention.sliding_window", 0),
             is_native=is_native,
-            multipliers=_multipliers(keys) if architecture.has_multipliers else NO_MULTIPLIERS,
+            multipliers=_multipliers(keys, architecture, n_embd),
             n_layer_nextn=n_nextn,
-            windowed=_windowed(keys, architecture, n_layer),
+            windowed=windowed,
             recurrent=read_recurrent(keys, architecture, n_embd, n_layer),
+            window_attention=window_attention,
         )
 
     def metadata(self) -> dict[str, Value]:
@@ -250,6 +283,9 @@ class ModelSpec:
             "rope.freq_base": self.rope.freq_base,
         }
         values |= attention_metadata(self.attention)
+        if self.window_attention:
+            values |= window_metadata(self.attention, self.window_attention, self.windowed)
+            values["rope.dimension_count_swa"] = self.rope.window_n_rot
         if self.recurrent:
             values |= recurrent_metadata(self.recurrent, self.n_head_kv)
         if self.n_window:
@@ -267,6 +303,9 @@ class ModelSpec:
             scales = self.multipliers
             values |= {"embedding_scale": scales.embedding, "residual_scale": scales.residual}
             values |= {"logit_scale": 1.0 / scales.logits, "attention.scale": self.attention_scale}
+        if self.architecture.scales_embeddings:
+            values["final_logit_softcapping"] = self.multipliers.softcap
+        values |= {key: 0 for key, _ in self.architecture.absent}
         if self.rope.sections:
             values["rope.dimension_sections"] = list(self.rope.sections)
         if self.rope.scaling != "none":
@@ -298,8 +337,22 @@ def _windowed(keys: MetadataKeys, architecture: Architecture, n_layer: int) -> t
     return tuple(not period or layer % period < period - 1 for layer in range(n_layer))
 
 
-def _multipliers(keys: MetadataKeys) -> Multipliers:
-    """What Granite's keys say; the logits are divided by theirs."""
+def _refuse_present(keys: MetadataKeys, architecture: Architecture) -> None:
+    """Raises UnsupportedModelError for a key above 0 that the models of an architecture that are run do not have."""
+    for name, meaning in architecture.absent:
+        if keys.count(name, 0):
+            problem = f"{keys.prefix}{name} is {keys.count(name)}: {meaning}, are not supported."
+            raise UnsupportedModelError(keys.gguf.path, problem)
+
+
+def _multipliers(keys: MetadataKeys, architecture: Architecture, n_embd: int) -> Multipliers:
+    """What Granite's keys say, whose logits are divided by theirs, or Gemma's way, in llama.cpp's arithmetic."""
+    if architecture.scales_embeddings:
+        name = "final_logit_softcapping"
+        softcap = keys.number(name, _SOFTCAP) if keys.value(name, _SOFTCAP) else 0.0
+        return Multipliers(embedding=float(np.sqrt(np.float32(n_embd))), attention=1.0, softcap=softcap)
+    if not architecture.has_multipliers:
+        return NO_MULTIPLIERS
     return Multipliers(
         embedding=keys.number("embedding_scale", 1.0),
         residual=keys.number("residual_scale", 1.0),

@@ -7,6 +7,7 @@ from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.gguf.metadata_keys import AGAIN
 from slimoe.offload.model.architecture import When
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.spec import ModelSpec
 
 _Layout = dict[str, tuple[int, ...]]
@@ -49,9 +50,10 @@ def _whole(spec: ModelSpec, *, is_output: bool) -> Iterator[ModelTensor]:
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
     """The tensors of one layer."""
     shape = spec.layer_shape(layer)
-    sizes = _sizes(spec) | {"n_expert": shape.n_expert, "n_ff": shape.n_ff}
+    sizes = _sizes(spec) | {"n_expert": shape.n_expert, "n_ff": shape.n_ff} | _head_sizes(spec.attention_of(layer))
     latent, is_recurrent = spec.attention.latent if shape.has_attention else None, spec.is_recurrent(layer)
     has_part: dict[When, bool] = {
+        "layer": True,
         "attention": shape.has_attention and not is_recurrent,
         "recurrent": shape.has_attention and is_recurrent,
         "q": latent is not None and not latent.n_lora_q,
@@ -81,12 +83,9 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "n_ff": spec.n_ff,
         "n_ff_shared": spec.experts.n_ff_shared,
         "n_expert": spec.n_expert,
-        "n_embd_head": spec.n_embd_head,
-        "n_q": spec.n_head * spec.n_embd_head,
-        "n_q_rows": spec.attention.n_query_rows,
-        "n_kv": spec.n_head_kv * spec.n_embd_head,
         "n_head": spec.n_head,
         "n_rot_pairs": spec.rope.n_rot // 2,
+        "one": 1,
     }
     if recurrent := spec.recurrent:
         sizes |= {
@@ -101,8 +100,6 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
     if latent := spec.attention.latent:
         n_unrotated = latent.n_embd_head_k - spec.rope.n_rot
         sizes |= {
-            "n_q": spec.n_head * latent.n_embd_head_k,
-            "n_head": spec.n_head,
             "n_lora_q": latent.n_lora_q,
             "n_lora_kv": latent.n_lora_kv,
             "n_lora_kv_rot": latent.n_lora_kv + spec.rope.n_rot,
@@ -112,6 +109,17 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
             "n_attn_output": spec.attention.n_output,
         }
     return sizes
+
+
+def _head_sizes(attention: AttentionSpec) -> dict[str, int]:
+    """The sizes of one layer's heads."""
+    latent = attention.latent
+    return {
+        "n_embd_head": attention.n_embd_head,
+        "n_q": attention.n_head * (latent.n_embd_head_k if latent else attention.n_embd_head),
+        "n_q_rows": attention.n_query_rows,
+        "n_kv": attention.n_head_kv * attention.n_embd_head,
+    }
 
 
 def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
@@ -135,6 +143,8 @@ def _layouts(spec: ModelSpec) -> Iterator[list[_Layout]]:
             joined[tensor.name] = tensor.ne
             if tensor.role == _ATTENTION_INPUT[-1]:
                 n_rows = sum(n for _, n in joined.values())
+                if tensor.is_optional:  # Without a matrix of their own, values are the keys.
+                    yield [{}, {tensor.name: joined.pop(tensor.name)}]
                 yield [joined, {f"blk.{tensor.layer}.attn_qkv.weight": (spec.n_embd, n_rows)}]
                 joined = {}
         elif tensor.name.endswith("_exps.weight"):

@@ -67,11 +67,44 @@ class BucketSources:
 
 @dataclass(frozen=True, slots=True)
 class SharedSources:
-    """A shared expert: its matrices, and the vector [n_embd] whose product gates its output, if it has one."""
+    """A shared expert: its matrices, and the vector [n_embd] whose product gates its output, if it has one.
+
+    One with norms of its own, `norm` of its input and `post_norm` of its output, [n_embd], does not read what the
+    experts read.
+    """
 
     gate_up: tuple[LinearSource, ...]
     down: LinearSource
     gate: WeightSource | None = None
+    norm: WeightSource | None = None
+    post_norm: WeightSource | None = None
+
+    @property
+    def vectors(self) -> tuple[WeightSource, ...]:
+        """The gate and the norms that there are."""
+        return tuple(one for one in (self.gate, self.norm, self.post_norm) if one)
+
+
+@dataclass(frozen=True, slots=True)
+class PostSources:
+    """What a block's updates pass before they are added to the residual stream: norms [n_embd] of attention's output,
+    of the experts' sum, and of the whole feed-forward part's output; `scale` [1] multiplies what leaves the block.
+    """
+
+    attention: WeightSource | None = None
+    experts: WeightSource | None = None
+    ffn: WeightSource | None = None
+    scale: WeightSource | None = None
+
+    @property
+    def parts(self) -> tuple[WeightSource | None, ...]:
+        """All of them, in this order."""
+        return self.attention, self.experts, self.ffn, self.scale
+
+    @property
+    def vectors(self) -> tuple[WeightSource, ...]:
+        """Those that there are."""
+        return tuple(one for one in self.parts if one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +150,8 @@ class RecurrentSources:
 
 @dataclass(frozen=True, slots=True)
 class LayerSources:
-    """One block. `qkv` is three matrices, or one of all; `gate_up` two or one; `router` None in a dense block.
+    """One block. `qkv` is three matrices, two where values are the keys, or one of all; `gate_up` two or one; `router`
+    None in a dense block.
 
     A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`; norms are vectors with
     or without a bias. With `latent` attention `qkv` are the matrices of queries, or of their low rank, and of the low
@@ -125,7 +159,8 @@ class LayerSources:
     softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
     weights. `aux` are the gains and shifts [n_embd, n_expert] of selected experts that are not computed, or none.
     `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
-    their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. In a
+    their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. `router_scale` [n_embd]
+    multiplies the input of a router that reads the residual stream. In a
     native file `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the
     router's order, and otherwise absent.
     """
@@ -148,6 +183,8 @@ class LayerSources:
     latent: LatentSources | None = None
     aux: tuple[WeightSource, ...] = ()
     recurrent: RecurrentSources | None = None
+    router_scale: WeightSource | None = None
+    post: PostSources = PostSources()
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
@@ -158,8 +195,10 @@ class LayerSources:
             self.k_norm,
             *(self.ffn_norm.parts if self.ffn_norm else ()),
             *(self.router.parts if self.router else ()),
+            self.router_scale,
             self.choice_bias,
-            self.shared.gate if self.shared else None,
+            *(self.shared.vectors if self.shared else ()),
+            *self.post.vectors,
             self.sinks,
             *(self.recurrent.vectors if self.recurrent else ()),
             *self.expert_biases,

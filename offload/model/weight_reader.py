@@ -17,6 +17,7 @@ from slimoe.offload.model.tensors import (
     LayerSources,
     LinearSource,
     ModelSources,
+    PostSources,
     RecurrentSources,
     SharedSources,
     Span,
@@ -24,6 +25,8 @@ from slimoe.offload.model.tensors import (
     rows_of,
 )
 
+_POST = ("post_attention_norm", "post_ffw_norm_2", "post_ffw_norm", "layer_output_scale")
+"""The roles of `PostSources`."""
 _DOWNLOAD_AGAIN = "Download or convert it again."
 _WITHOUT_KERNELS = frozenset(GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"))
 """Types that ggml can store, but neither multiply with nor look rows up in."""
@@ -128,7 +131,10 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:
     tensors = {tensor.role: tensor for tensor in reversed([*layer_tensors(spec, layer)])}
     names = {role: tensor.name for role, tensor in tensors.items()}
-    biases = {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(".bias")}
+    biases, scales = (
+        {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(suffix)}
+        for suffix in (".bias", ".scale")
+    )
     gate_up: tuple[LinearSource, ...] = ()
     down: LinearSource | None = None
     buckets: BucketSources | None = None
@@ -146,7 +152,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
             return None
         return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
 
-    if "ffn_gate" in names:
+    if not spec.layer_shape(layer).n_expert and "ffn_gate" in names:
         gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
     elif layout:
         native = layout.layers[layer]
@@ -160,13 +166,9 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
     has_attention = "attn_output" in names
     latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
     recurrent = _recurrent(reader, tensors) if spec.is_recurrent(layer) and "attn_norm" in names else None
-    shared: SharedSources | None = None
-    if "ffn_down_shexp" in names:
-        both = linear("ffn_gate_shexp"), linear("ffn_up_shexp")
-        shared = SharedSources(both, linear("ffn_down_shexp"), weight("ffn_gate_inp_shexp"))
     return LayerSources(
         attn_norm=vector("attn_norm"),
-        qkv=_qkv(reader, spec, f"blk.{layer}") if has_attention else (),
+        qkv=_qkv(reader, spec, layer) if has_attention else (),
         attn_output=linear("attn_output") if has_attention else None,
         ffn_norm=vector(spec.architecture.ffn_norm),
         router=vector("ffn_gate_inp"),
@@ -176,14 +178,32 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         q_norm=weight("attn_q_a_norm" if latent else "attn_q_norm"),
         k_norm=weight("attn_kv_a_norm" if latent else "attn_k_norm"),
         choice_bias=weight("exp_probs_b"),
-        shared=shared,
+        shared=_shared(spec, layer, linear, weight, names),
         latent=latent,
         sinks=weight("attn_sinks"),
         recurrent=recurrent,
         expert_biases=_expert_biases(reader, spec, layer, buckets),
         expert_scales=_expert_scales(reader, spec, layer, buckets, is_merged=len(gate_up) == 1),
+        router_scale=reader.floats(scales["ffn_gate_inp"], (spec.n_embd,)) if "ffn_gate_inp" in scales else None,
+        post=PostSources(*map(weight, _POST if spec.architecture.has_post_norms else ())),
         aux=tuple(reader.floats(names[role], tensors[role].ne) for role in (AUX_GAIN, AUX_SHIFT) if role in names),
     )
+
+
+def _shared(
+    spec: ModelSpec,
+    layer: int,
+    linear: Callable[[str], LinearSource],
+    weight: Callable[[str], WeightSource | None],
+    names: Collection[str],
+) -> SharedSources | None:
+    """A layer's shared expert, or its dense part beside the experts, by what finds matrices and vectors by roles."""
+    of = spec.architecture.shared
+    if of is None or not spec.layer_shape(layer).n_expert or f"ffn_down{of.suffix}" not in names:
+        return None
+    gate, up, down = (linear(f"ffn_{projection}{of.suffix}") for projection in PROJECTIONS)
+    norms = (weight("ffn_norm"), weight("post_ffw_norm_1")) if of.width == "dense" else ()
+    return SharedSources((gate, up), down, weight("ffn_gate_inp_shexp"), *norms)
 
 
 def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> LatentSources:
@@ -258,21 +278,31 @@ def _expert_scales(
     n_stored = len(buckets.layout.buckets) if buckets else spec.layer_shape(layer).n_expert
     names = _names_of_experts(layer, "scale")
     has = [name in reader.gguf.tensors and not (is_merged and name != names[-1]) for name in names]
+    if spec.layer_shape(layer).n_expert and spec.architecture.has_down_scales:
+        has[-1] = True
     scales = [reader.floats(name, (n_stored,)) if is_there else None for name, is_there in zip(names, has, strict=True)]
     return tuple(scales) if any(has) else ()
 
 
-def _qkv(reader: _Reader, spec: ModelSpec, block: str) -> tuple[LinearSource, ...]:
-    """Q, K and V, which some files keep as one matrix, or the first two matrices of latent attention."""
+def _qkv(reader: _Reader, spec: ModelSpec, layer: int) -> tuple[LinearSource, ...]:
+    """Q, K and V, which some files keep as one matrix, or the first two matrices of latent attention.
+
+    There is no V where values are the keys.
+    """
+    block = f"blk.{layer}"
     if latent := spec.attention.latent:
         roles = ("attn_q_a" if latent.n_lora_q else "attn_q", "attn_kv_a_mqa")
         return tuple(reader.linear(f"{block}.{name}") for name in roles)
+    attention, has_values = spec.attention_of(layer), True
     if f"{block}.attn_qkv.weight" not in reader.gguf.tensors:
-        return tuple(reader.linear(f"{block}.{name}") for name in ("attn_q", "attn_k", "attn_v"))
+        if any(role.role == "attn_v" and role.is_optional for role in spec.architecture.tensors):
+            has_values = f"{block}.attn_v.weight" in reader.gguf.tensors
+        names = ("attn_q", "attn_k", "attn_v") if has_values else ("attn_q", "attn_k")
+        return tuple(reader.linear(f"{block}.{name}") for name in names)
     fused = reader.linear(f"{block}.attn_qkv")
     parts, begin = [], 0
-    n_kv = spec.n_head_kv * spec.n_embd_head
-    for name, n_rows in (("attn_q", spec.attention.n_query_rows), ("attn_k", n_kv), ("attn_v", n_kv)):
+    n_kv = attention.n_head_kv * attention.n_embd_head
+    for name, n_rows in (("attn_q", attention.n_query_rows), ("attn_k", n_kv), ("attn_v", n_kv)):
         end = begin + n_rows
         bias = rows_of(fused.bias, f"{block}.{name}.bias", begin, end) if fused.bias else None
         parts.append(LinearSource(rows_of(fused.weight, f"{block}.{name}.weight", begin, end), bias))

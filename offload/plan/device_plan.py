@@ -235,10 +235,12 @@ def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     """Bytes of buffers on the device: for a graph of all layers or for segments, and what passes between them."""
     spec, n_batch = needs.spec, needs.n_batch
     d, n_used = spec.n_embd, max(1, spec.n_expert_used)
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * needs.n_cells + 8 * max(1, spec.n_expert) + 64)
+    n_masks = 2 if any(spec.windowed) else 1
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masks * needs.n_cells + 8 * max(1, spec.n_expert) + 64)
     rows = 5 * d * n_batch
     if is_whole:
         return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
-    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + spec.attention.n_at_once) + n_rows * spec.n_vocab)
+    n_attention = max(of.n_at_once for of in spec.attentions)
+    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + n_rows * spec.n_vocab)
     experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)
     return exchange + rows + segment + experts + _GRAPH_BYTES

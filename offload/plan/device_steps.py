@@ -14,8 +14,9 @@ from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.attention import StepInputs, StepShape
-from slimoe.offload.graph.linear import add_norm, last_rows
-from slimoe.offload.graph.router import add_router, select_experts
+from slimoe.offload.graph.expert_ffn import add_expert_scale, layer_extras
+from slimoe.offload.graph.linear import add_scaled, last_rows
+from slimoe.offload.graph.router import add_router, router_input, select_experts
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import Form, WeightSubset, load_weights
 from slimoe.offload.model.regrouped import join_layers, without_experts
@@ -68,20 +69,22 @@ class _Shapes:
 
     def __init__(self, spec: ModelSpec, sources: ModelSources, layers: Sequence[int], step: StepNeeds) -> None:
         self._spec, self._sources, self._layers, self._step = spec, sources, layers, step
-        n_tensors = 64 + 128 * len(layers)
+        n_tensors = 64 + 144 * len(layers)
         self._ctx = ggml.ggml_init(ggml.InitParams(n_tensors * ggml.ggml_tensor_overhead(), None, True))
         self._made: dict[str, int] = {}
-        attention, cells = spec.attention, (step.n_cells, spec.n_head_kv)
-        own = [layer for layer in layers if layer in spec.attention_layers]
-        self.keys = {layer: self._new(step.kv_type, attention.key_length, *cells) for layer in own}
-        own = own if attention.has_values else []
-        self.values = {layer: self._new(step.kv_type, attention.value_length, *cells) for layer in own}
+        own = {layer: spec.attention_of(layer) for layer in layers if layer in spec.attention_layers}
+        self.keys, self.values = dict[int, int](), dict[int, int]()
+        for layer, of in own.items():
+            cells = (step.n_cells, of.n_head_kv)
+            self.keys[layer] = self._new(step.kv_type, of.key_length, *cells)
+            if of.has_values:
+                self.values[layer] = self._new(step.kv_type, of.value_length, *cells)
         self.convs, self.matrices = dict[int, int](), dict[int, int]()
-        if of := spec.recurrent:
-            own = [layer for layer in layers if layer in spec.recurrent_layers]
-            for held, n_kept in ((self.convs, of.n_conv_kept), (self.matrices, of.n_matrix_kept)):
-                ne = n_kept // of.n_parts, of.n_parts * step.n_states
-                held |= {layer: self._new(GGMLQuantizationType.F32, *ne) for layer in own if n_kept}
+        if recurrent := spec.recurrent:
+            kept = [layer for layer in layers if layer in spec.recurrent_layers]
+            for held, n_kept in ((self.convs, recurrent.n_conv_kept), (self.matrices, recurrent.n_matrix_kept)):
+                ne = n_kept // recurrent.n_parts, recurrent.n_parts * step.n_states
+                held |= {layer: self._new(GGMLQuantizationType.F32, *ne) for layer in kept if n_kept}
 
     def __enter__(self) -> "_Shapes":
         return self
@@ -128,13 +131,17 @@ class _Shapes:
                 hidden = blocks.add_feed_forward(index, hidden)
             else:
                 n_rows = blocks.n_rows(index)
-                normed = add_norm(ctx, hidden, layer.ffn_norm, spec.rms_eps)
-                selection = add_router(ctx, spec, layer, normed)
+                plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
+                normed = add_scaled(ctx, plain, layer.ffn_norm)
+                selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
                 outputs = self._new(kinds.F32, spec.n_embd, spec.n_expert_used, n_rows)
                 ids = select_experts(ctx, spec, selection.ranked)
                 for bias in layer.expert_biases:
                     rows = self._new(kinds.F32, ggml.tensor_at(bias).ne[0], spec.n_expert_used, n_rows)
                     ggml.ggml_build_forward_expand(graph, ggml.ggml_add_id(ctx, rows, bias, ids))
+                extras = layer_extras(ctx, spec.architecture, layer, ids)
+                for scale in filter(None, extras.scales):
+                    ggml.ggml_build_forward_expand(graph, add_expert_scale(ctx, outputs, scale, ids))
                 weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
                 hidden = blocks.add_experts(index, weighted, normed, hidden, selection)
             ggml.ggml_build_forward_expand(graph, hidden)

@@ -34,7 +34,8 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a file is of: `model` is the model's hash, `kv_type` the cache's, `row_bytes` are of a token in one head.
 
     Where every second tensor has values whose rows are not like keys', `value_bytes` are of these. `state_bytes` are of
-    what recurrent layers keep of all its tokens.
+    what recurrent layers keep of all its tokens. Where heads differ between layers, the first layer's are named, and
+    `cell_bytes` are a token's of all layers.
     """
 
     model: str
@@ -45,12 +46,18 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
     row_bytes: int
     value_bytes: int = 0
     state_bytes: int = 0
+    cell_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of tokens, keys and values, and states."""
+        return self.n_tokens * (4 + (self.cell_bytes or self.even_bytes)) + self.state_bytes
+
+    @property
+    def even_bytes(self) -> int:
+        """Bytes of a token in all layers, were they all as the first."""
         two_rows = self.row_bytes + (self.value_bytes or self.row_bytes)
-        return self.n_tokens * (4 + self.n_tensors * self.n_heads * two_rows // 2) + self.state_bytes
+        return self.n_tensors * self.n_heads * two_rows // 2
 
 
 class SlotPlace(NamedTuple):
@@ -78,13 +85,15 @@ def model_hash(gguf: GGUFFile) -> str:
 def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     """The head of a file of so many tokens in this model's cache."""
     tensors = store.tensors()
-    shapes = [ggml.tensor_at(tensor) for tensor in tensors[:2]]
+    shapes = [ggml.tensor_at(tensor) for tensor in tensors]
     n_heads = int(shapes[0].ne[2]) if shapes else 0
-    row_bytes, value_bytes = (int(shapes[place].nb[1]) if shapes else 0 for place in (0, -1))
+    row_bytes, value_bytes = (int(shapes[:2][place].nb[1]) if shapes else 0 for place in (0, -1))
     if value_bytes == row_bytes:
         value_bytes = 0
     state_bytes = sum(_state_bytes(store, tensor) for tensor in store.state_tensors())
-    return SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
+    head = SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
+    cell_bytes = sum(int(shape.ne[2] * shape.nb[1]) for shape in shapes)
+    return head if cell_bytes == head.even_bytes else msgspec.structs.replace(head, cell_bytes=cell_bytes)
 
 
 def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, place: SlotPlace) -> int:

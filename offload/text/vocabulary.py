@@ -61,8 +61,9 @@ class VocabularySpec:
         model = metadata.get(keys.TOKENIZER_MODEL, "")
         if model in _NO_TOKENIZER:
             raise ModelFileError(gguf.path, "the file holds no tokenizer.", _CONVERT_AGAIN)
-        if model not in (keys.SENTENCEPIECE, keys.BYTE_LEVEL):
-            problem = f"the tokenizer is of kind {model!r}; llama (sentencepiece) and gpt2 (byte-level BPE) are known."
+        if model not in (keys.SENTENCEPIECE, keys.BYTE_LEVEL, keys.BYTE_FALLBACK):
+            known = "llama (sentencepiece), gpt2 (byte-level BPE) and gemma4 (BPE with bytes) are known"
+            problem = f"the tokenizer is of kind {model!r:.100}; {known}."
             raise UnsupportedModelError(gguf.path, problem)
         texts = metadata.get(keys.TOKENS)
         if not isinstance(texts, list) or not texts:
@@ -150,7 +151,8 @@ class LlamaVocab:
         names = _library_names(spec)
         self._n_vocab = len(spec.texts)
         self._blocks = TextBlocks(spec.texts) if spec.model == keys.SENTENCEPIECE else None
-        self._splits_by_std_regex = gguf.metadata.get(keys.TOKENIZER_PRE) not in _OWN_SPLITTERS
+        is_split = spec.model != keys.BYTE_FALLBACK  # at line ends, by code of its own
+        self._splits_by_std_regex = is_split and gguf.metadata.get(keys.TOKENIZER_PRE) not in _OWN_SPLITTERS
         self._unknown = min(_of_type(spec.types, TokenType.UNKNOWN), default=0)
         self._model: int | None = _load(gguf, spec, names)
         self._vocab = llama.llama_model_get_vocab(self._model)
@@ -208,7 +210,7 @@ def _library_names(spec: VocabularySpec) -> list[bytes]:
     """Each token's name for libllama: unique, and for those that text must not spell, out of reach of its merges.
 
     A merge joins two tokens. A name of a control character, digits and another one has no multi-character part
-    that is a token. sentencepiece vocabularies without all 256 bytes get the missing ones as further tokens.
+    that is a token. Vocabularies that spell by bytes without all 256 of them get the missing ones as further tokens.
     """
     names: list[bytes] = []
     seen: set[bytes] = set()
@@ -220,7 +222,7 @@ def _library_names(spec: VocabularySpec) -> list[bytes]:
         seen.add(name)
         names.append(name)
     missing = [name.encode() for name in _BYTES if name.encode() not in seen]
-    return names + (missing if spec.model == keys.SENTENCEPIECE else [])
+    return names + (missing if spec.model != keys.BYTE_LEVEL else [])
 
 
 def _load(gguf: GGUFFile, spec: VocabularySpec, names: list[bytes]) -> int:

@@ -169,6 +169,22 @@ class Family:
     """Layers that have `recurrent_tensors` in place of attention."""
     recurrent_tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     is_gated: bool = False
+    window: "WindowShape | None" = None
+    is_merged: bool = False
+    """Whether gate and up of the experts are one tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowShape:
+    """Heads of layers with a window, where they are not those of the others: of keys, of how many values, of which so
+    many rotate. `layers` have a window; of the others those in `without_values` have no matrix of values.
+    """
+
+    layers: tuple[int, ...] = (0, 2)
+    without_values: tuple[int, ...] = (1,)
+    n_head_kv: int = 4
+    n_embd_head: int = 64
+    n_rot: int = 64
 
 
 def _shared(width: int) -> dict[str, tuple[str | int, ...]]:
@@ -454,6 +470,34 @@ FAMILIES = {
         },
         whole={"token_embd_norm.weight": ("n_embd",)},
     ),
+    "gemma4": Family(
+        "head",
+        "expert_feed_forward_length",
+        has_output=False,
+        keys={
+            "attention.sliding_window": 8,
+            "rope.freq_base_swa": 1e4,
+            "final_logit_softcapping": 5.0,
+            "embedding_length_per_layer_input": 0,
+            "attention.shared_kv_layers": 0,
+        },
+        tensors={
+            "post_attention_norm.weight": ("n_embd",),
+            "ffn_gate.weight": ("n_ff_dense", "n_embd"),
+            "ffn_up.weight": ("n_ff_dense", "n_embd"),
+            "ffn_down.weight": ("n_embd", "n_ff_dense"),
+            "ffn_gate_inp.scale": ("n_embd",),
+            "ffn_down_exps.scale": ("n_expert",),
+            "pre_ffw_norm_2.weight": ("n_embd",),
+            "post_ffw_norm_1.weight": ("n_embd",),
+            "post_ffw_norm_2.weight": ("n_embd",),
+            "post_ffw_norm.weight": ("n_embd",),
+            "layer_output_scale.weight": (1,),
+        },
+        whole={"rope_freqs.weight": ("n_rot_pairs",)},
+        window=WindowShape(),
+        is_merged=True,
+    ),
 }
 
 
@@ -493,7 +537,10 @@ def write_family(
         _add_latent_keys(writer, family.latent, shape.n_head)
     else:
         of_layers = [0 if layer in family.recurrent else shape.n_head_kv for layer in range(shape.n_layer)]
-        writer.add_head_count_kv(of_layers if "shortconv.l_cache" in family.keys else shape.n_head_kv)
+        if family.window:
+            of_layers = _add_window_keys(writer, family.window, shape)
+        has_each = family.window or "shortconv.l_cache" in family.keys
+        writer.add_head_count_kv(of_layers if has_each else shape.n_head_kv)
         writer.add_key_length(shape.n_embd_head)
         writer.add_value_length(shape.n_embd_head)
     if family.is_gated and "full_attention_interval" not in family.keys:
@@ -514,7 +561,9 @@ def write_family(
         writer.add_tokenizer_model("none")
     rng = np.random.default_rng(1)
     for tensor, dims in _family_tensors(family, shape).items():
-        if tensor.endswith(".bias"):
+        if tensor == "rope_freqs.weight":
+            writer.add_tensor(tensor, np.where(np.arange(dims[0]) < dims[0] // 4, 1.0, 1e30).astype(np.float32))
+        elif tensor.endswith(".bias"):
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 4)
         elif tensor.endswith("ssm_a"):
             writer.add_tensor(tensor, -np.exp(rng.standard_normal(dims, dtype=np.float32) - 1))
@@ -549,6 +598,16 @@ def _pieces(width: int, n_columns: int, kind: Type) -> Array:
     """Normal values [N_PIECES, width] of rows of `n_columns`, in a type."""
     values = np.random.default_rng(width).standard_normal((N_PIECES, width), dtype=np.float32) * 2 * n_columns**-0.5
     return values if kind is Type.F32 else quantise(values, kind).data
+
+
+def _add_window_keys(writer: gguf.GGUFWriter, window: WindowShape, shape: FineShape) -> list[int]:
+    """Adds the keys of layers with a window; the key heads of all layers."""
+    writer.add_sliding_window_pattern([layer in window.layers for layer in range(shape.n_layer)])
+    writer.add_key_length_swa(window.n_embd_head)
+    writer.add_value_length_swa(window.n_embd_head)
+    writer.add_rope_dimension_count(shape.n_embd_head)
+    writer.add_rope_dimension_count_swa(window.n_rot)
+    return [window.n_head_kv if layer in window.layers else shape.n_head_kv for layer in range(shape.n_layer)]
 
 
 def _add_latent_keys(writer: gguf.GGUFWriter, latent: LatentShape, n_head: int) -> None:
@@ -596,6 +655,7 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
         tensors["output.weight"] = (shape.n_vocab, d)
     sizes = {"n_embd": d, "n_expert": shape.n_expert, "n_q": n_q, "n_kv": n_kv, "n_ff": n_ff, "n_head": shape.n_head}
     sizes |= {"n_vocab": shape.n_vocab, "n_rot_pairs": shape.n_embd_head // 2, "n_conv_inputs": 3 * d}
+    sizes["n_ff_dense"] = 7 * n_ff
     extra, whole, recurrent = (
         {name: tuple(sizes[size] if isinstance(size, str) else size for size in dims) for name, dims in named.items()}
         for named in (family.tensors, family.whole, family.recurrent_tensors)
@@ -623,11 +683,18 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
         "ffn_up_exps": (shape.n_expert, n_ff, d),
         "ffn_down_exps": (shape.n_expert, d, n_ff),
     }
+    if family.is_merged:
+        experts = {name: dims for name, dims in experts.items() if name not in ("ffn_gate_exps", "ffn_up_exps")}
+        experts["ffn_gate_up_exps"] = (shape.n_expert, 2 * n_ff, d)
     for n in range(shape.n_layer):
         is_dense = n < family.n_dense
         is_recurrent = n in family.recurrent
         mixer = {"attn_norm": (d,), family.ffn_norm: (d,)} if is_recurrent else attention
         layer = mixer | (dense if is_dense else experts)
+        if family.window:
+            layer |= _window_tensors(family.window, shape, n)
+            if n in family.window.without_values:
+                del layer["attn_v"]
         if is_recurrent:
             tensors |= {f"blk.{n}.{name}": dims for name, dims in recurrent.items()}
         tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in layer.items()}
@@ -636,6 +703,16 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
             f"blk.{n}.{name}": dims for name, dims in extra.items() if not (is_dense and name.startswith(of_ffn))
         }
     return tensors
+
+
+def _window_tensors(window: WindowShape, shape: FineShape, n: int) -> dict[str, tuple[int, ...]]:
+    """What differs in layer `n`, where that has a window."""
+    if n not in window.layers:
+        return {}
+    n_q, n_kv = shape.n_head * window.n_embd_head, window.n_head_kv * window.n_embd_head
+    d, norm = shape.n_embd, (window.n_embd_head,)
+    inputs = {"attn_q": (n_q, d), "attn_k": (n_kv, d), "attn_v": (n_kv, d)}
+    return inputs | {"attn_output": (d, n_q), "attn_q_norm": norm, "attn_k_norm": norm}
 
 
 def _latent_tensors(latent: LatentShape, shape: FineShape) -> dict[str, tuple[int, ...]]:

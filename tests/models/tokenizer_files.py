@@ -1,17 +1,22 @@
 """Small tokenizers in the files that checkpoints carry, made by the libraries themselves."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import sentencepiece
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 from transformers.convert_slow_tokenizer import SpmConverter
+from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
 
 from slimoe.converter.source.tokenizer.check import HARD_TEXTS
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
+from slimoe.offload.gguf.header import Value
 from slimoe.offload.text.tokenizer import Tokenizer
 
 GPT_4 = (
@@ -21,16 +26,53 @@ GPT_4 = (
 """How Llama 3 splits text."""
 
 
+def _merges(processor: Any, pieces: list[str]) -> list[tuple[str, str]]:
+    """The pairs that a sentencepiece model joins, as transformers lists them."""
+    merges, known = [], set(pieces)
+    for token in sorted(range(len(pieces)), key=lambda token: -processor.get_score(token)):
+        is_plain = not (processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token))
+        splits = [(pieces[token][:i], pieces[token][i:]) for i in range(1, len(pieces[token]))] if is_plain else []
+        merges += [pair for pair in splits if set(pair) <= known]
+    return merges
+
+
+def gemma(sentencepiece_path: Path) -> Any:
+    """transformers' own tokenizer of Gemma with the pieces of a sentencepiece model."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_path))
+    pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
+    vocabulary = dict(zip(pieces, range(len(pieces)), strict=True))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "</s>"}
+    return GemmaTokenizer(vocab=vocabulary, merges=_merges(processor, pieces), **special)
+
+
+def gemma_metadata(reference: Any) -> dict[str, Value]:
+    """The keys that llama.cpp's converter writes for a tokenizer of `gemma`."""
+    pieces = reference.convert_ids_to_tokens(range(len(reference)))
+    kinds = {True: TokenType.CONTROL, False: TokenType.NORMAL}
+    is_byte = [re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None for piece in pieces]
+    types = [
+        TokenType.BYTE if byte else kinds[piece in reference.all_special_tokens]
+        for piece, byte in zip(pieces, is_byte, strict=True)
+    ]
+    merges = json.loads(reference.backend_tokenizer.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": np.zeros(len(pieces), np.float32),
+        "tokenizer.ggml.token_type": np.array(types, np.int32),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": reference.bos_token_id,
+        "tokenizer.ggml.eos_token_id": reference.eos_token_id,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
 def llama_2(sentencepiece_path: Path, *, legacy: bool) -> Any:
     """The tokenizer.json that transformers makes of a sentencepiece model; the older form puts its space everywhere."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_path))
     pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
-    vocabulary = {piece: token for token, piece in enumerate(pieces)}
-    merges = []
-    for token in sorted(range(len(pieces)), key=lambda token: -processor.get_score(token)):
-        is_plain = not (processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token))
-        splits = [(pieces[token][:i], pieces[token][i:]) for i in range(1, len(pieces[token]))] if is_plain else []
-        merges += [pair for pair in splits if set(pair) <= vocabulary.keys()]
+    vocabulary, merges = dict(zip(pieces, range(len(pieces)), strict=True)), _merges(processor, pieces)
     reference = Reference(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if legacy:
         steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

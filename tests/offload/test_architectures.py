@@ -43,6 +43,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "qwen3next": FineShape(n_layer=4, n_expert=16),
     "qwen35moe": FineShape(n_layer=4, n_expert=16),
     "lfm2moe": FineShape(n_layer=4, n_embd_head=64, n_expert=16),
+    "gemma4": FineShape(n_layer=4, n_head_kv=1, n_expert=16),
     "gpt-oss": FineShape(n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=16, n_expert_used=4),
 }
 FINE = ("qwen3moe", "olmoe")
@@ -220,7 +221,7 @@ def test_a_key_of_any_other_form_is_read_or_refused(written: Written, name: str)
     assert n_refused > 100
 
 
-@pytest.mark.parametrize("name", [*FINE, "mistral4", "gpt-oss"])
+@pytest.mark.parametrize("name", [*FINE, "mistral4", "gpt-oss", "gemma4"])
 @pytest.mark.parametrize("is_tiered", [False, True])
 def test_requests_at_once_have_the_answers_that_each_has_alone(written: Written, name: str, is_tiered: bool) -> None:
     path = written(name, "F32")

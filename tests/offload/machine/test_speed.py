@@ -347,7 +347,7 @@ def test_a_real_machine_is_measured(gguf: GGUFFile, cache: MeasurementCache) -> 
 
 def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) -> None:
     clock = Clock()
-    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 20)
+    needs = KernelNeeds({Q8: 64}, {ATTENTION: 1}, 10_000, 1 << 20)
     with closing(KnownBackend(clock)) as backend:
         first = Calibration(needs, Limits(clock=clock), cache)
         speed = first.processor("CPU", backend, 1 << 24)
@@ -356,7 +356,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
         again = Calibration(needs, Limits(clock=clock), cache)
         assert again.processor("CPU", backend, 1 << 24) == speed
         assert (again.n_measured, backend.n_computed) == (0, n_computed)
-        wider = KernelNeeds({Q8: 64, MatrixKernel(Type.Q4_K, 256, True): 64}, ATTENTION, 10_000, 1 << 20)
+        wider = KernelNeeds({Q8: 64, MatrixKernel(Type.Q4_K, 256, True): 64}, {ATTENTION: 1}, 10_000, 1 << 20)
         more = Calibration(wider, Limits(clock=clock), cache)
         more.processor("CPU", backend, 1 << 24)
         assert more.n_measured == 1
@@ -366,7 +366,7 @@ def test_what_is_known_is_not_measured(cache: MeasurementCache, gguf: GGUFFile) 
 
 def test_what_was_measured_in_noise_is_remembered_by_its_object_only(tmp_path: Path) -> None:
     clock, path, system = Clock(), tmp_path / "m.json", SystemFiles(tmp_path / "proc")
-    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 20)
+    needs = KernelNeeds({Q8: 64}, {ATTENTION: 1}, 10_000, 1 << 20)
     with closing(KnownBackend(clock, lambda n: 1.0 if n % 2 else 9.0)) as backend:
         for _ in range(2):
             noisy = Calibration(needs, Limits(clock=clock), MeasurementCache(path, "this", system))
@@ -433,7 +433,7 @@ class _Counting(KnownBackend):
 @pytest.mark.parametrize("limit", [8 << 20, 40 << 20])
 def test_measuring_keeps_to_its_memory(cache: MeasurementCache, limit: int) -> None:
     clock = Clock()
-    needs = KernelNeeds({Q8: 64}, ATTENTION, 10_000, 1 << 40)
+    needs = KernelNeeds({Q8: 64}, {ATTENTION: 1}, 10_000, 1 << 40)
     with closing(_Counting(clock)) as backend:
         Calibration(needs, Limits(clock=clock), cache).processor("CPU", backend, limit)
         assert limit / 4 <= backend.allocated <= limit * 3 / 5 + (1 << 16)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from slimoe.offload.text.tokenizer import Tokenizer
 from tests.models.gguf_content import finish
 from tests.models.tiny_checkpoint import train_sentencepiece
 from tests.models.tiny_gguf import write_vocabulary
+from tests.models.tokenizer_files import gemma, gemma_metadata
 
 ADDED = ("<|im_start|>", "<|im_end|>")
 
@@ -37,6 +39,24 @@ def test_ids_text_and_bytes_are_sentencepieces(tokenizer: Tokenizer, processor: 
     assert ids == processor.encode(text)
     assert tokenizer.decode(ids) == processor.decode(ids) == text.replace("▁", " ")
     assert b"".join(map(tokenizer.piece, ids)) == (" " + text.replace("▁", " ") if text else "").encode()
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_ids_of_gemmas_kind_are_transformers(sentencepiece_path: Path, text: str) -> None:
+    """BPE over whole lines, in which a space is a mark, and what is in no token is spelled in bytes."""
+    reference = gemma(sentencepiece_path)
+    with closing(Tokenizer.of_metadata(Path("m.gguf"), gemma_metadata(reference))) as tokenizer:
+        ids = tokenizer.encode(text)
+        plain = reference.backend_tokenizer.encode(text.replace("<unk>", "< unk>").replace("s>", "s >"))
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+        assert tokenizer.encode(text.replace("<unk>", "< unk>").replace("s>", "s >")) == plain.ids
+        assert tokenizer.encode("a", add_bos=True) == [1, *tokenizer.encode("a")]
+
+
+def test_a_line_of_gemmas_kind_may_be_long(sentencepiece_path: Path) -> None:
+    with closing(Tokenizer.of_metadata(Path("m.gguf"), gemma_metadata(gemma(sentencepiece_path)))) as tokenizer:
+        text = "a" * 100_000
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_vocabulary_tempts_to_build_special_tokens(processor: Any) -> None:
