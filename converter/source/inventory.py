@@ -25,7 +25,10 @@ from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 _KINDS = (
-    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe)\.(gate|router)\.|e_score_correction_bias"),
+    ("MTP blocks", r"^mtp\."),
+    ("image encoder", r"^model\.visual\."),
+    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward)\.(gate|router)\."),
+    ("router", r"e_score_correction_bias|expert_bias"),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert|shared_mlp"),
     ("constant experts", r"ffn_novice"),
@@ -34,7 +37,7 @@ _KINDS = (
     ("attention", r"attn|ssm|\bconv|shortconv"),
     ("embeddings", r"embd|embed"),
     ("output", r"^output\.|lm_head"),
-    ("feed-forward", r"ffn|mlp"),
+    ("feed-forward", r"ffn|mlp|feed_forward"),
 )
 """Kinds of tensors and what their names contain, in GGUF and in Hugging Face; the first that matches counts."""
 

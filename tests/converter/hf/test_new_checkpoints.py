@@ -28,6 +28,7 @@ from slimoe.converter.write.writer import write_planned
 from slimoe.offload.errors import ModelFileError, SlimoeError, UnsupportedModelError, UsageError
 from slimoe.offload.files.whole_file import Destination
 from tests.converter.source.families.test_checkpoints import TOKENS, engines
+from tests.converter.source.families.test_recurrent_families import save_with_images
 from tests.converter.source.families.tiny_families import save_family
 from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint, save_fine
@@ -51,8 +52,15 @@ COUNTS = {
     "DeepseekV3": "n_routed_experts",
     "Glm4MoeLite": "n_routed_experts",
     "GptOss": "num_local_experts",
+    "Qwen3Next": "num_experts",
+    "Qwen3_5Moe": "num_experts",
+    "Lfm2Moe": "num_experts",
 }
 """The field of the number of experts in the configuration of each class."""
+
+
+LAYER_TYPES = {name: ["linear_attention"] * 2 + ["full_attention"] for name in ("Qwen3Next", "Qwen3_5Moe")}
+LAYER_TYPES["Lfm2Moe"] = ["conv", "conv", "full_attention"]
 
 
 def save(path: Path, name: str, sentencepiece: Path, **config: Any) -> Path:
@@ -63,7 +71,8 @@ def save(path: Path, name: str, sentencepiece: Path, **config: Any) -> Path:
         save_fine(path, name, SIZES, **config)
     else:
         groups = GROUPS if name == "DeepseekV3" else {}
-        save_family(path, name, **({"num_hidden_layers": 3} | groups | config))
+        kinds = {"layer_types": LAYER_TYPES[name]} if name in LAYER_TYPES else {}
+        save_family(path, name, **({"num_hidden_layers": 3} | groups | kinds | config))
     file = path / "model.safetensors"
     save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file, {"format": "pt"})
     return path
@@ -131,6 +140,24 @@ def test_fewer_experts_and_layers(tmp_path: Path, sentencepiece_path: Path, name
     again = open_source(target)
     assert (again.spec.n_layer, again.spec.n_expert) == (len(blocks), 6)
     assert len(list(target.glob("*.safetensors"))) > 1
+
+
+def test_layers_that_an_interval_gave_are_named(tmp_path: Path, sentencepiece_path: Path) -> None:
+    path = save(tmp_path / "source", "Qwen3Next", sentencepiece_path)
+    config = json.loads((path / "config.json").read_text())
+    del config["layer_types"]
+    (path / "config.json").write_text(json.dumps(config | {"full_attention_interval": 3}))
+    source = open_source(path)
+    assert source.spec.attention_layers == (2,)
+    target = written(source, plan_of(source, {1: KEPT[1], 2: KEPT[2]}), tmp_path / "target")
+    assert json.loads((target / "config.json").read_text())["layer_types"] == ["linear_attention", "full_attention"]
+    assert open_source(target).spec.recurrent_layers == (0,)
+
+
+def test_a_model_for_images_is_not_written(tmp_path: Path) -> None:
+    source = open_source(save_with_images(tmp_path / "source"))
+    with pytest.raises(UnsupportedModelError, match=r"Qwen3_5MoeForConditionalGeneration .* without --hf"):
+        lay_out_checkpoint(source, plan_of(source, {0: KEPT[0], 1: KEPT[1], 2: KEPT[2]}))
 
 
 def test_merged_experts_and_narrower_ones(tmp_path: Path, sentencepiece_path: Path) -> None:

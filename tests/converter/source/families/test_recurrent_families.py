@@ -69,6 +69,31 @@ def test_the_language_model_of_one_that_reads_images(tmp_path: Path, is_tied: bo
     assert take_inventory(source).sizes["n_expert"] == 8
 
 
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2Moe"])
+def test_an_inventory_tells_the_parts(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / "c", name)
+    found, file = take_inventory(source), take_inventory(converted(source, tmp_path / "m.gguf"))
+    weights = [{one.kind: 0 for one in of.counts} for of in (found, file)]
+    for of, sums in zip((found, file), weights, strict=True):
+        for one in of.counts:
+            sums[one.kind] += one.n_weights
+    assert "other" not in weights[0]
+    assert weights[0] == weights[1]
+    n_layer = found.sizes["n_layer"] - (name == "Lfm2Moe")
+    assert weights[0]["experts"] == n_layer * 8 * 3 * 64 * 96
+    assert weights[0]["router"] == n_layer * (8 * 64 + 8 * (name == "Lfm2Moe"))
+
+
+def test_an_image_encoder_and_what_predicts_further_tokens_are_told_apart(tmp_path: Path) -> None:
+    source = with_tensors(
+        save_with_images(tmp_path / "c"), lambda tensors: tensors | {"mtp.fc.weight": torch.ones(64, 2)}
+    )
+    weights = {one.kind: one.n_weights for one in take_inventory(source).counts}
+    assert weights["MTP blocks"] == 128
+    encoder = [one.numel() for key, one in load_file(source / "model.safetensors").items() if ".visual." in key]
+    assert weights["image encoder"] == sum(encoder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_that_is_the_output_too(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / "c", name, tie_word_embeddings=True)
