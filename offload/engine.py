@@ -26,10 +26,12 @@ from slimoe.offload.memory.cells import Cells, common_prefix
 from slimoe.offload.model.number_check import check_numbers
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
+from slimoe.offload.plan.drafts import undraftable
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
+from slimoe.offload.requests.drafting import Drafting, StepTimes, draft_mode
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots
@@ -74,7 +76,8 @@ class Engine:
             told = self.memory, self.counters, self._observer.begin
             watched = self._exchange, self._observer.expected_ms
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars, *watched)
-            self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch)
+            self._drafting, self._draft_notes = self._open_drafting()
+            self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch, self._drafting)
             self.slots = Slots(plan.gguf, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx)
             self._opened = opened.pop_all()
 
@@ -113,10 +116,18 @@ class Engine:
         plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {why}"))
         return cls(config, plan, progress)
 
+    def _open_drafting(self) -> tuple[Drafting, tuple[str, ...]]:
+        """What becomes of drafts, and a sentence where that is not what was asked for; raises UsageError."""
+        mode = draft_mode(self.config.draft)
+        problem = None if mode == "none" else undraftable(self.config, self.plan)
+        if problem is not None:
+            return Drafting(), (f"No tokens are drafted (--draft {mode}): {problem}.",)
+        return Drafting(mode, StepTimes(self._observer.expected_step_ms)), ()
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person about how the model was opened, to be told once."""
-        return (*self.plan.notes, *self._model.notes)
+        return (*self.plan.notes, *self._model.notes, *self._draft_notes)
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 
@@ -226,7 +237,10 @@ class Engine:
     def step(self) -> list[Outcome]:
         """Computes one step for all requests and returns their events; a request ends with `Finished` or `Failed`."""
         with self._observer.timed():
-            return self._scheduler.step()
+            before = self._drafting.n_accepted
+            outcomes = self._scheduler.step()
+            self._observer.accept(self._drafting.n_accepted - before)
+            return outcomes
 
     def _compute(self, batch: Batch, is_cancelled: Callable[[], bool] | None) -> Logits:
         self._observer.note(batch)

@@ -13,7 +13,8 @@ from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
-from slimoe.offload.plan.prediction import measure_machine, predict_plan
+from slimoe.offload.plan.prediction import measure_machine, predict_answers, predict_plan
+from slimoe.offload.requests.drafting import STEP_SIZES
 from slimoe.offload.requests.snapshot import (
     IN_HOST,
     ON_DEVICE,
@@ -47,15 +48,22 @@ class Observer:
         self._began: dict[str, float] = {}
         self._is_decoding = False
         self._predicted: tuple[EnginePlan, Speed] | None = None
+        self._step_ms: Mapping[int, float] = {}
+        self._n_answers = 0
 
     def predict(self, config: EngineConfig, plan: EnginePlan) -> None:
         """Looks up what a plan promises, before its devices are open: one over the network serves one client only."""
-        self._predicted = plan, _predicted(config, plan)
+        speed, self._step_ms = _predicted(config, plan)
+        self._predicted = plan, speed
 
     def expected_ms(self) -> float | None:
         """Milliseconds of an answer's token as the plan predicts, None where this machine was not measured for it."""
         per_second = None if self._predicted is None else self._predicted[1].predicted
         return None if per_second is None else 1000 / per_second
+
+    def expected_step_ms(self, n_tokens: int) -> float | None:
+        """Milliseconds of a step that continues answers by so many tokens as the plan predicts, None if it does not."""
+        return self._step_ms.get(n_tokens)
 
     def begin(self) -> None:
         """An answer begins."""
@@ -63,11 +71,17 @@ class Observer:
         self._began = self._now()
 
     def note(self, batch: Batch) -> None:
-        """Counts the tokens of a batch that is about to be computed; single ones continue an answer."""
-        n_single = sum(run.n_tokens == 1 for run in batch.runs)
-        self._steps["n_predicted"] += n_single
-        self._steps["n_prompt"] += batch.n_tokens - n_single
-        self._is_decoding = n_single == len(batch.runs)
+        """Counts the tokens of a batch that is about to be computed; of those that continue answers not the drafted."""
+        self._n_answers = sum(run.is_answer for run in batch.runs)
+        self._steps["n_predicted"] += self._n_answers
+        self._steps["n_prompt"] += sum(run.n_tokens for run in batch.runs if not run.is_answer)
+        self._is_decoding = self._n_answers == len(batch.runs)
+
+    def accept(self, n_tokens: int) -> None:
+        """Counts the drafted tokens of the step that are part of answers."""
+        self._steps["n_predicted"] += n_tokens
+        if self._is_decoding:
+            self._steps["n_decoded"] += n_tokens / self._n_answers
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -127,17 +141,21 @@ class _UnmeasuredError(SlimoeError):
     """Something is not known of this machine, and nobody shall wait for it here."""
 
 
-def _predicted(config: EngineConfig, plan: EnginePlan) -> Speed:
-    """What the plan promises, as far as this machine was measured before."""
+def _predicted(config: EngineConfig, plan: EnginePlan) -> tuple[Speed, Mapping[int, float]]:
+    """What the plan promises, as far as this machine was measured before, and milliseconds of steps by their tokens."""
 
     def refuse(name: str) -> None:
         raise _UnmeasuredError(name)
 
     try:
-        decode = predict_plan(plan, measure_machine(config, plan, refuse)).decode
+        measured = measure_machine(config, plan, refuse)
+        decode = predict_plan(plan, measured).decode
+        sizes = (1, *STEP_SIZES) if config.draft == "auto" else ()
+        step_ms = {size: predict_answers(plan, measured, size) for size in sizes}
     except (SlimoeError, OSError):
-        return Speed()
-    return Speed(1000 / decode.ms_per_token, 1000 / decode.bound_ms if decode.bound_ms else None, decode.bound_name)
+        return Speed(), {}
+    bound = 1000 / decode.bound_ms if decode.bound_ms else None
+    return Speed(1000 / decode.ms_per_token, bound, decode.bound_name), step_ms
 
 
 def _expert_map(plan: EnginePlan, model: LoadedModel, uses: ExpertUses) -> ExpertMap:

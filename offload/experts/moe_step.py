@@ -87,7 +87,7 @@ class MoEStep:
 
     def begin(self, batch: Batch) -> None:
         """Notes which rows of a batch continue an answer, and which read a prompt."""
-        self._is_decode = np.concatenate([np.full(run.n_tokens, run.n_tokens == 1) for run in batch.runs])
+        self._is_decode = np.concatenate([np.full(run.n_tokens, run.is_answer) for run in batch.runs])
         self._given_up.set()
         self._forget_ahead()
         self._host_experts.begin()
@@ -109,7 +109,7 @@ class MoEStep:
             firsts = np.cumsum([0, *(run.n_tokens for run in batch.runs)])
             self._trace.step(
                 [
-                    TraceRun(ANSWER if run.n_tokens == 1 else PROMPT, index, int(batch.positions[first]), run.n_tokens)
+                    TraceRun(ANSWER if run.is_answer else PROMPT, index, int(batch.positions[first]), run.n_tokens)
                     for index, (run, first) in enumerate(zip(batch.runs, firsts, strict=False))
                 ]
             )

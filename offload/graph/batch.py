@@ -1,6 +1,6 @@
 """What one step reads: tokens of one or more sequences, and the cells of the KV cache that each of them sees."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,18 @@ class Run:
     """Consecutive tokens of one sequence.
 
     `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i
-    of the run sees `visible[: len(visible) - n_tokens + i + 1]`.
+    of the run sees `visible[: len(visible) - n_tokens + i + 1]`. If it `is_drafted`, all but the first are guesses of
+    how an answer goes on.
     """
 
     n_tokens: int
     visible: Cells
+    is_drafted: bool = False
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the run continues an answer; others read a prompt."""
+        return self.n_tokens == 1 or self.is_drafted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +64,17 @@ class Batch:
 
 
 def make_batch(
-    parts: Sequence[tuple[Sequence[int], Cells]], n_out: int, states: Sequence[tuple[int, int]] = ()
+    parts: Sequence[tuple[Sequence[int], Cells]],
+    n_out: int,
+    states: Sequence[tuple[int, int]] = (),
+    drafted: Collection[int] = (),
 ) -> Batch:
     """Makes a batch of parts: the new tokens of a sequence, and all of its cells, those of the new tokens last.
 
-    `states` are those of recurrent layers, before and after, for each part.
+    `states` are those of recurrent layers, before and after, for each part; `drafted` are the numbers of parts that
+    hold drafts.
     """
-    runs = tuple(Run(len(tokens), visible) for tokens, visible in parts)
+    runs = tuple(Run(len(tokens), visible, index in drafted) for index, (tokens, visible) in enumerate(parts))
     assert 0 < n_out <= sum(run.n_tokens for run in runs)
     assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
     assert not states or (len(states) == len(runs) and len({run.n_tokens for run in runs}) == 1)

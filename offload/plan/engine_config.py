@@ -71,11 +71,15 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How to open a model; None means that the engine decides. `trace` is the file to record routing to."""
+    """How to open a model; None means that the engine decides. `trace` is the file to record routing to.
+
+    `draft` is one of `slimoe.offload.requests.drafting.DRAFT_MODES`: which tokens of answers are guessed beforehand.
+    """
 
     model: Path
     n_threads: int | None = None
     trace: Path | None = None
+    draft: str = "none"
     context: ContextConfig = field(default_factory=ContextConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)

@@ -107,6 +107,12 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt, exchange, costs)
 
 
+def predict_answers(plan: EnginePlan, speed: MachineSpeed, n_tokens: int) -> float:
+    """Milliseconds of a step that continues answers by `n_tokens` tokens in all, each with logits of its own."""
+    step = Step(n_tokens=n_tokens, n_past=min(TYPICAL_PAST, plan.n_ctx - 1), n_out=n_tokens)
+    return n_tokens * _slowest(plan, speed, expert_placement(plan), step, is_answer=True).ms_per_token
+
+
 def known_as(device: Device) -> str:
     """The name that tells a device from others, also at the next start."""
     return f"{device.name} ({device.description})"
@@ -123,9 +129,11 @@ def _costs(load: Workload, plan: EnginePlan, speed: MachineSpeed) -> dict[str, U
     return costs
 
 
-def _slowest(plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step) -> Prediction:
+def _slowest(
+    plan: EnginePlan, speed: MachineSpeed, where: ExpertPlacement, step: Step, *, is_answer: bool = False
+) -> Prediction:
     load = workload(plan.spec, plan.sources, plan.layers)
-    host_share = where.found_share if step.n_tokens == 1 else where.host_share
+    host_share = where.found_share if step.n_tokens == 1 or is_answer else where.host_share
     residency = Residency(where.device_share, host_share, where.is_cut, where.by_layer)
     devices = [known_as(device.device) for device in plan.devices]
     processors: list[str | None] = [*devices] or [None]

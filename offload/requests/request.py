@@ -9,6 +9,7 @@ import numpy as np
 from slimoe.offload.errors import ContextOverflowError, UsageError
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Sequence, Tokens
+from slimoe.offload.requests.text_drafts import NO_DRAFT, Draft, TextDrafts
 from slimoe.offload.text.generation import (
     Event,
     ExchangeNow,
@@ -54,8 +55,9 @@ class Generator:
     """The state of one request, which computes nothing: a scheduler reads tokens for it and hands it their logits.
 
     The scheduler sets `sequence`, the request's tokens, when the request becomes active, and `has_company` when others
-    are active at the same time. `is_over` is true once `Finished` was made. Raises UsageError for a prompt or
-    parameters that make no sense, and ContextOverflowError for a prompt that is too long.
+    are active at the same time. `is_over` is true once `Finished` was made. Of the tokens that were read last,
+    `n_rejected` are drafts that the answer has not followed, which the scheduler takes out of the sequence. Raises
+    UsageError for a prompt or parameters that make no sense, and ContextOverflowError for a prompt that is too long.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Generator:
         self._n_done = 0
         self._n_cached = 0
         self._n_predicted = 0
+        self._n_drafted = self._n_accepted = 0
+        self._drafts: TextDrafts | None = None
+        self.n_rejected = 0
         self._drawn = -1
         self._prompt_seconds = 0.0
         self._begin: float | None = None
@@ -119,6 +124,17 @@ class Generator:
         self._n_cached += n_known - self._n_done
         self._n_done = n_known
 
+    def draft(self, n_most: int) -> Draft:
+        """At most `n_most` tokens that may follow on the one drawn last, as many as the answer has room for."""
+        assert self.sequence is not None
+        n_most = min(n_most, self._max_tokens - self._n_predicted - 1)
+        if n_most <= 0:
+            return NO_DRAFT
+        if self._drafts is None:
+            self._drafts = TextDrafts()
+        self._drafts.go_on([*self.sequence.tokens[len(self._drafts) :].tolist(), self._drawn])
+        return self._drafts.propose(n_most)
+
     def next_tokens(self, n_most: int) -> tuple[int, ...]:
         """The tokens to read next: at most `n_most` of the prompt, or the token drawn last."""
         if not self.is_reading:
@@ -128,27 +144,40 @@ class Generator:
 
     def n_rows(self, n_tokens: int) -> int:
         """How many of the next `n_tokens` tokens need logits; they are the last ones."""
-        if self.is_reading and self.request.prompt_logprobs:
+        if not self.is_reading or self.request.prompt_logprobs:
             return n_tokens
         return 1 if self._n_done + n_tokens >= len(self.request.prompt_ids) else 0
 
     # --- what comes of it ----------------------------------------------------------------------------------
 
-    def take(self, n_tokens: int, logits: Logits) -> list[Event]:
-        """Takes in that `n_tokens` more were read, with logits [n_rows, n_vocab], and returns the events that follow.
+    def take(self, tokens: tuple[int, ...], logits: Logits) -> list[Event]:
+        """Takes in that `tokens` were read, with logits [n_rows, n_vocab], and returns the events that follow.
 
         Raises BadLogitsError for logits that are no numbers.
         """
         events: list[Event] = []
         if self.is_reading:
-            events += self._note_prompt(n_tokens, logits)
+            events += self._note_prompt(len(tokens), logits)
             if self.is_reading:
                 return events
             assert self._begin is not None
             self._prompt_seconds = time.perf_counter() - self._begin
-        if self._n_predicted >= self._max_tokens:
-            return [*events, self.finish("length")]
-        return events + self._draw(logits[-1])
+            if self._n_predicted >= self._max_tokens:
+                return [*events, self.finish("length")]
+            return events + self._draw(logits[-1])
+        return self._verify(tokens[1:], logits)
+
+    def _verify(self, drafted: tuple[int, ...], logits: Logits) -> list[Event]:
+        """Draws a token from each row of logits, as long as those before are what was drafted."""
+        events: list[Event] = []
+        self._n_drafted += len(drafted)
+        for n_right, row in enumerate(logits):
+            self.n_rejected = len(drafted) - n_right
+            events += self._draw(row)
+            if self.is_over or n_right == len(drafted) or self._drawn != drafted[n_right]:
+                break
+            self._n_accepted += 1
+        return events
 
     def _note_prompt(self, n_tokens: int, logits: Logits) -> list[Event]:
         prompt = self.request.prompt_ids
@@ -204,7 +233,6 @@ class Generator:
     def finish(self, reason: FinishReason) -> Finished:
         """Ends the request and returns its last event."""
         self.is_over = True
-        self.release()
         now = time.perf_counter()
         total = now - (self._begin or now)
         prompt_seconds = self._prompt_seconds or total
@@ -215,6 +243,8 @@ class Generator:
             predicted_ms=(total - prompt_seconds) * 1000,
             cached_n=self._n_cached,
             expected_per_token_ms=self._facts.expected_ms(),
+            draft_n=self._n_drafted,
+            draft_n_accepted=self._n_accepted,
         )
         tier_use = TierUse()
         if self._begin is not None:

@@ -8,6 +8,7 @@ Where layers are recurrent, all sequences of a step read equally many tokens: st
 prompt take turns. A prompt's parts end where others may go on from: behind each part, and a little before its end.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Cells, Sequence
+from slimoe.offload.requests.drafting import MOST_DRAFTED, Drafting
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.text.generation import Failed, Outcome
 
@@ -38,6 +40,12 @@ class _Part(NamedTuple):
     job: Generator
     sequence: Sequence
     tokens: tuple[int, ...]
+    is_drafted: bool = False
+    """Whether all tokens but the first are drafts."""
+
+    def without_draft(self) -> "_Part":
+        """The same without the tokens that need not be read."""
+        return _Part(self.job, self.sequence, self.tokens[:1]) if self.is_drafted else self
 
 
 class Scheduler:
@@ -47,8 +55,12 @@ class Scheduler:
     gets stuck half-way. `compute` runs one step of at most `n_batch` tokens.
     """
 
-    def __init__(self, cells: Cells, compute: Compute, n_parallel: int, n_batch: int) -> None:
+    def __init__(
+        self, cells: Cells, compute: Compute, n_parallel: int, n_batch: int, drafting: Drafting | None = None
+    ) -> None:
         assert 1 <= n_parallel <= n_batch
+        self._drafting = drafting or Drafting()
+        assert not (self._drafting.is_wanted and cells.has_states), "states cannot be cut as cells can"
         self._cells, self._compute = cells, compute
         self._n_parallel, self._n_batch = n_parallel, n_batch
         self._waiting: deque[Generator] = deque()
@@ -62,8 +74,9 @@ class Scheduler:
         return not self._waiting and not self._active
 
     def read_at_most(self, n_batch: int) -> None:
-        """Steps have at most so many tokens from now on."""
+        """Steps have at most so many tokens from now on, and take other times."""
         assert self._n_parallel <= n_batch
+        self._drafting.times.forget()
         self._n_batch = n_batch
 
     @property
@@ -83,6 +96,7 @@ class Scheduler:
         if job in self._waiting:
             self._waiting.remove(job)
             self._borrowers.discard(job)
+            job.release()
         elif job in self._active:
             self._retire(job)
 
@@ -118,7 +132,7 @@ class Scheduler:
         parts = [_part(job, 1) for job in writing]
         reading = next((job for job in self._active if job.is_reading), None)
         if reading is None:
-            return parts
+            return self._with_drafts(parts) if self._drafting.is_wanted else parts
         if self._cells.has_states:
             self._has_decoded = bool(writing) and not self._has_decoded
             if self._has_decoded:
@@ -137,6 +151,15 @@ class Scheduler:
             room = min(room, self._n_to_state(reading) or room)
         return [_part(reading, room), *parts]
 
+    def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
+        """The same with the drafts that are worth being verified in this step."""
+        n_most = max(0, min(MOST_DRAFTED, self._n_batch - len(parts)))
+        chosen = self._drafting.choose([part.job.draft(n_most) for part in parts], self._n_batch)
+        return [
+            part._replace(tokens=part.tokens + draft.tokens, is_drafted=bool(draft.tokens))
+            for part, draft in zip(parts, chosen, strict=True)
+        ]
+
     def _n_to_state(self, reading: Generator) -> int:
         """Tokens up to the last place before a prompt's end where its state is kept; 0 behind that."""
         assert reading.sequence is not None
@@ -151,7 +174,10 @@ class Scheduler:
             self._cells.append(part.sequence, part.tokens)
         n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
         moves = [move for part in parts for move in part.sequence.moves]
-        batch = make_batch([(part.tokens, part.sequence.cells) for part in parts], max(1, sum(n_rows)), moves)
+        drafted = [index for index, part in enumerate(parts) if part.is_drafted]
+        inputs = [(part.tokens, part.sequence.cells) for part in parts]
+        batch = make_batch(inputs, max(1, sum(n_rows)), moves, drafted)
+        is_timed, begin = not any(part.job.is_reading for part in parts), time.perf_counter()
         # Only a request alone may stop a step half-way, and only in its prompt: one token is over soon enough.
         may_stop = len(parts) == 1 and parts[0].job.is_reading
         try:
@@ -160,13 +186,15 @@ class Scheduler:
             self._undo(parts, before)
             return [self._cancel(part.job) for part in parts]
         except ReadFailedError as error:
-            if len(parts) == 1:
+            if len(parts) == 1 and not drafted:
                 return [self._fail(parts[0].job, error)]
             # Only who needs what cannot be read shall fail.
             self._undo(parts, before)
-            return [outcome for part in parts for outcome in self._read([part])]
+            return [outcome for part in parts for outcome in self._read([part.without_draft()])]
         except Exception as error:
             return [self._fail(part.job, error) for part in parts]
+        if is_timed:
+            self._drafting.times.note(batch.n_tokens, batch.n_kv, time.perf_counter() - begin)
         outcomes = []
         row = len(logits) - sum(n_rows)
         for part, n in zip(parts, n_rows, strict=True):
@@ -179,9 +207,14 @@ class Scheduler:
         try:
             if job.is_reading:
                 self._cells.keep(part.sequence)
-            events = job.take(len(part.tokens), logits)
+            events = job.take(part.tokens, logits)
         except Exception as error:
             return [self._fail(job, error)]
+        if part.is_drafted:
+            self._drafting.n_accepted += len(part.tokens) - 1 - job.n_rejected
+        if job.n_rejected:
+            self._cells.truncate(part.sequence, len(part.sequence) - job.n_rejected)
+            job.n_rejected = 0
         if job.is_over:
             self._retire(job)
         return [Outcome(job.id, event) for event in events]

@@ -126,7 +126,8 @@ class Timings:
     """Tokens and milliseconds of reading the prompt and of generating; `cached_n` prompt tokens were not read again.
 
     The names are those of llama.cpp's server. `expected_per_token_ms` is what the plan predicts for a token of an
-    answer, None where this machine was not measured for the model.
+    answer, None where this machine was not measured for the model. Of `draft_n` drafted tokens that were verified
+    `draft_n_accepted` took no step of their own.
     """
 
     prompt_n: int
@@ -135,6 +136,8 @@ class Timings:
     predicted_ms: float
     cached_n: int = 0
     expected_per_token_ms: float | None = None
+    draft_n: int = 0
+    draft_n_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

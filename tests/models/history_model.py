@@ -16,18 +16,24 @@ def next_token(history: Sequence[int]) -> int:
     return hash(tuple(history)) % N_VOCAB
 
 
-def answer_to(prompt: Sequence[int], n_tokens: int) -> list[int]:
+def repeating_token(history: Sequence[int]) -> int:
+    """What a model says that soon repeats itself, but for a word that differs each time."""
+    return next_token(history) if len(history) % 23 == 0 else (5 * len(history)) % 11
+
+
+def answer_to(prompt: Sequence[int], n_tokens: int, follow: Callable[[Sequence[int]], int] = next_token) -> list[int]:
     """The greedy answer."""
     history = list(prompt)
     for _ in range(n_tokens):
-        history.append(next_token(history))
+        history.append(follow(history))
     return history[len(prompt) :]
 
 
 class HistoryModel:
-    """Stands in for the engine's runner, and keeps the batches it was given."""
+    """Stands in for the engine's runner, and keeps the batches it was given; `follow` gives the likeliest token."""
 
-    def __init__(self, n_cells: int) -> None:
+    def __init__(self, n_cells: int, follow: Callable[[Sequence[int]], int] = next_token) -> None:
+        self._follow = follow
         self.cells = np.full(n_cells, -1, np.int32)
         self.batches: list[Batch] = []
         self.could_abort: list[bool] = []
@@ -57,7 +63,7 @@ class HistoryModel:
                 row = end - run.n_tokens + index - (batch.n_tokens - batch.n_out)
                 if row >= 0:
                     seen = run.visible[: len(run.visible) - run.n_tokens + index + 1]
-                    logits[row, next_token(self.cells[seen].tolist())] = 9
+                    logits[row, self._follow(self.cells[seen].tolist())] = 9
             end -= run.n_tokens
         self.after_each(batch, logits)
         return logits

@@ -1,0 +1,305 @@
+"""Drafted tokens: which are verified, and that answers are the same with them, in fewer steps."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from slimoe.offload.cache.disk_reader import ReadFailedError
+from slimoe.offload.graph.batch import Batch
+from slimoe.offload.memory.cells import Cells
+from slimoe.offload.requests.drafting import MOST_DRAFTED, STEP_SIZES, Drafting, DraftMode, StepTimes
+from slimoe.offload.requests.request import Generator, ModelFacts
+from slimoe.offload.requests.scheduler import Scheduler
+from slimoe.offload.requests.text_drafts import Draft, TextDrafts
+from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, SamplingParams, TokenStep
+from tests.models.history_model import N_VOCAB, HistoryModel, answer_to, next_token, repeating_token
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass
+class Run:
+    """Requests that were answered together, with the tokens and the end of each."""
+
+    mode: DraftMode
+    follow: Callable[[Sequence[int]], int] = repeating_token
+    n_parallel: int = 4
+    n_batch: int = 64
+    n_ctx: int = 400
+    cancelled: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.cells = Cells(2000)
+        self.model = HistoryModel(2000, self.follow)
+        drafting = Drafting(self.mode)
+        self.scheduler = Scheduler(self.cells, self.model.compute, self.n_parallel, self.n_batch, drafting)
+        self.jobs: list[Generator] = []
+        self.tokens: list[list[int]] = []
+        self.ends: dict[int, Finished | Failed] = {}
+
+    def submit(self, request: GenerationRequest) -> None:
+        id = len(self.jobs)
+        facts = ModelFacts(self.n_ctx, N_VOCAB, None, lambda: {})
+        self.jobs.append(Generator(request, facts, lambda: id in self.cancelled, id))
+        self.tokens.append([])
+        self.scheduler.submit(self.jobs[-1])
+
+    def step(self) -> None:
+        for id, event in self.scheduler.step():
+            if isinstance(event, TokenStep):
+                self.tokens[id].append(event.token)
+            if isinstance(event, Finished | Failed):
+                self.ends[id] = event
+
+    def answer(self, *requests: GenerationRequest) -> "Run":
+        for request in requests:
+            self.submit(request)
+        while not self.scheduler.is_idle:
+            self.step()
+        return self
+
+    def finished(self, id: int = 0) -> Finished:
+        end = self.ends[id]
+        assert isinstance(end, Finished)
+        return end
+
+
+def greedy(prompt: Sequence[int], max_tokens: int | None = 120) -> GenerationRequest:
+    return GenerationRequest(tuple(prompt), max_tokens, GREEDY)
+
+
+def test_an_answer_that_repeats_takes_fewer_steps() -> None:
+    plain, drafted = (Run(mode).answer(greedy((1, 2, 3))) for mode in ("none", "ngram"))
+    assert plain.tokens == drafted.tokens == [answer_to((1, 2, 3), 120, repeating_token)]
+    assert len(plain.model.batches) == 120
+    assert len(drafted.model.batches) < 80
+    timings = drafted.finished().timings
+    # The first step draws a token from the prompt, each other one more than it has accepted.
+    assert timings.draft_n_accepted == 120 - len(drafted.model.batches)
+    assert timings.draft_n == drafted.model.n_read - 3 - (len(drafted.model.batches) - 1)
+    assert 0 < timings.draft_n_accepted < timings.draft_n
+    assert (plain.finished().timings.draft_n, plain.finished().timings.draft_n_accepted) == (0, 0)
+
+
+def test_steps_have_few_sizes() -> None:
+    run = Run("ngram").answer(*(greedy((n, 2, 3)) for n in range(3)))
+    sizes = {batch.n_tokens for batch in run.model.batches[3:]}
+    assert sizes <= {1, 2, 3, *STEP_SIZES}
+    assert max(sizes) == STEP_SIZES[-1]
+    assert all(batch.n_out == batch.n_tokens for batch in run.model.batches[3:])
+
+
+@pytest.mark.parametrize("n_batch", [4, 5, 64])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+def test_with_a_seed_the_answers_are_the_same(temperature: float, n_batch: int) -> None:
+    """Also beside each other, with penalties, and up to the end of the context window."""
+    draw = random.Random(7)
+    requests = [
+        replace(
+            greedy([draw.randrange(5) for _ in range(draw.randint(1, 90))], draw.choice([0, 1, 2, 3, 150, None])),
+            sampling=SamplingParams(temperature, top_k=3, seed=seed, repeat_penalty=draw.choice([1.0, 1.1])),
+            n_logprobs=draw.choice([None, 2]),
+        )
+        for seed in range(12)
+    ]
+    plain, drafted = (Run(mode, n_batch=n_batch).answer(*requests) for mode in ("none", "ngram"))
+    assert drafted.tokens == plain.tokens
+    for id, job in enumerate(drafted.jobs):
+        assert drafted.finished(id).reason == plain.finished(id).reason
+        assert job.tokens.tolist() == plain.jobs[id].tokens.tolist()
+    assert sum(drafted.finished(id).timings.draft_n_accepted for id in range(12)) > (100 if n_batch > 5 else 50)
+    assert max(batch.n_tokens for batch in drafted.model.batches) <= n_batch
+
+
+def test_the_sequence_holds_what_was_answered() -> None:
+    """Who goes on from there finds all of it, and nothing else in its cells."""
+    run = Run("ngram").answer(greedy((1, 2, 3)))
+    said = [1, 2, 3, *run.tokens[0]]
+    assert run.jobs[0].tokens.tolist() == said[:-1]
+    run.answer(greedy((*said, 50), 1))
+    assert run.finished(1).timings.cached_n == len(said) - 1
+    assert run.tokens[1] == [repeating_token([*said, 50])]
+    assert run.cells.n_unused == run.cells.n_cells
+    assert int(run.cells.n_users.sum()) == len(said) + 1
+
+
+def test_a_new_text_is_not_drafted_for_long() -> None:
+    """Where drafts are never right they are soon no longer verified."""
+
+    def alternating(history: Sequence[int]) -> int:
+        # Three tokens that come again and again, and then one that depends on all before.
+        return next_token(history) if len(history) % 4 == 3 else len(history) % 4
+
+    run = Run("ngram", alternating).answer(greedy((0, 1, 2), 200))
+    assert run.tokens == [answer_to((0, 1, 2), 200, alternating)]
+    first, last = run.model.batches[1:60], run.model.batches[-60:]
+    wrong = [sum(batch.n_tokens - 1 for batch in part) for part in (first, last)]
+    assert wrong[1] <= 60, "one draft each at most"
+
+
+def test_cancelling_between_steps() -> None:
+    run = Run("ngram")
+    for n in (1, 2):
+        run.submit(greedy((n, 2, 3)))
+    for _ in range(8):
+        run.step()
+    run.cancelled.add(0)
+    run.answer()
+    assert run.finished(0).reason == "cancelled"
+    assert run.tokens[0] == answer_to((1, 2, 3), len(run.tokens[0]), repeating_token)
+    assert run.jobs[0].tokens.tolist() == [1, 2, 3, *run.tokens[0][:-1]]
+    assert run.tokens[1] == answer_to((2, 2, 3), 120, repeating_token)
+    assert run.cells.n_unused == run.cells.n_cells
+
+
+def test_what_only_a_draft_needs_may_be_unreadable() -> None:
+    """The step is made again without drafts."""
+    run, n_failed = Run("ngram"), 0
+
+    def fail(batch: Batch) -> None:
+        nonlocal n_failed
+        if batch.runs[0].is_drafted:
+            n_failed += 1
+            raise ReadFailedError("the disk is broken")
+
+    run.model.before_each = fail
+    run.answer(greedy((1, 2, 3), 60))
+    assert n_failed > 5
+    assert run.tokens == [answer_to((1, 2, 3), 60, repeating_token)]
+    assert run.finished().timings.draft_n == 0
+
+
+def test_while_a_prompt_is_read_nothing_is_drafted() -> None:
+    run = Run("ngram", n_batch=32)
+    run.submit(greedy((1, 2, 3)))
+    run.step()
+    while not run.model.batches[-1].runs[0].is_drafted:
+        run.step()
+    run.submit(greedy(range(60), 2))
+    run.step()
+    assert [one.n_tokens for one in run.model.batches[-1].runs] == [8, 1]
+    run.answer()
+    assert run.tokens[0] == answer_to((1, 2, 3), 120, repeating_token)
+
+
+def test_a_text_teaches_how_often_its_drafts_are_right() -> None:
+    drafts, right = TextDrafts(), TextDrafts()
+    for text in (drafts, right):
+        text.go_on([1, 2, 3, 4])
+    for n in range(30):
+        for text, following in ((drafts, 50 + n), (right, 4)):
+            text.go_on([1, 2, 3])
+            assert text.propose(1).tokens
+            text.go_on([following])
+    for text in (drafts, right):
+        text.go_on([1, 2, 3])
+    assert drafts.propose(1).chances[0] < 0.1
+    assert right.propose(1).chances[0] > 0.9
+    assert right.propose(9).tokens == (4, 1, 2, 3, 4, 1, 2, 3, 4)
+    chances = right.propose(9).chances
+    assert list(chances) == sorted(chances, reverse=True)
+
+
+# --- what auto chooses --------------------------------------------------------------------------------------
+
+
+def times(by_size: dict[int, float], expected: Callable[[int], float | None] = lambda n: None) -> StepTimes:
+    measured = StepTimes(expected)
+    for n_tokens, seconds in by_size.items():
+        for _ in range(3):
+            measured.note(n_tokens, 256, seconds)
+    return measured
+
+
+def draft(chance: float, n: int = MOST_DRAFTED) -> Draft:
+    return Draft(tuple(range(n)), tuple(chance**power for power in range(1, n + 1)))
+
+
+def sizes(drafting: Drafting, *drafts: Draft, n_batch: int = 512) -> list[int]:
+    chosen = drafting.choose(drafts, n_batch)
+    assert all(one.tokens == given.tokens[: len(one.tokens)] for one, given in zip(chosen, drafts, strict=True))
+    return [len(one.tokens) for one in chosen]
+
+
+@pytest.mark.parametrize(
+    ("by_size", "chance", "n_drafted"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0}, 0.9, 15),
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 2.0}, 0.95, 15),
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 2.0}, 0.6, 3),
+        ({1: 1.0, 2: 1.1, 4: 1.3, 8: 1.6, 16: 2.0}, 0.1, 0),
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0, 16: 16.0}, 0.99, 0),
+        ({1: 1.0, 2: 1.0, 4: 9.0, 8: 9.0, 16: 9.0}, 0.5, 1),
+    ],
+)
+def test_auto_takes_what_gives_most_tokens_in_a_second(
+    by_size: dict[int, float], chance: float, n_drafted: int
+) -> None:
+    assert sizes(Drafting("auto", times(by_size)), draft(chance)) == [n_drafted]
+
+
+def test_auto_drafts_nothing_before_a_step_was_measured() -> None:
+    drafting = Drafting("auto")
+    assert sizes(drafting, draft(0.99)) == [0]
+    for _ in range(2):
+        drafting.times.note(1, 256, 1.0)
+    assert sizes(drafting, draft(0.99)) == [15]
+    drafting.times.forget()
+    assert sizes(drafting, draft(0.99)) == [0]
+
+
+def test_auto_believes_the_plan_until_it_has_measured() -> None:
+    expected = {1: 10.0, 2: 19.0, 4: 35.0, 8: 60.0, 16: 110.0}
+    drafting = Drafting("auto", times({1: 1.0}, expected.get))
+    assert sizes(drafting, draft(0.8)) == [0]
+    for _ in range(2):
+        drafting.times.note(4, 256, 1.5)
+    assert sizes(drafting, draft(0.8)) == [3]
+    assert drafting.times.seconds(8) == pytest.approx(1.5 * 60 / 35)
+
+
+def test_auto_goes_on_at_a_gain_that_it_would_not_begin_at() -> None:
+    drafting = Drafting("auto", times({1: 1.0, 2: 1.5, 4: 9.0, 8: 9.0, 16: 9.0}))
+    little, much = draft(0.53), draft(0.7)
+    assert [sizes(drafting, one) for one in (little, much, little)] == [[0], [1], [1]]
+    assert sizes(drafting, draft(0.4)) == [0]
+    assert sizes(drafting, little) == [0]
+
+
+def test_what_was_slow_once_is_tried_again() -> None:
+    drafting = Drafting("auto", times(dict.fromkeys((2, 4, 8, 16), 90.0) | {1: 1.0}))
+    n_single = 0
+    while sizes(drafting, draft(0.9)) == [0]:
+        drafting.times.note(1, 256, 1.0)
+        n_single += 1
+        assert n_single < 1000
+    assert n_single > 100
+
+
+def test_a_step_that_builds_a_graph_does_not_count() -> None:
+    measured = times({1: 1.0})
+    measured.note(1, 512, 50.0)
+    assert measured.seconds(1) == 1.0
+    measured.note(1, 512, 1.0)
+    assert measured.seconds(1) == 1.0
+    for n_kv in range(0, 5120, 256):
+        measured.note(4, n_kv, 7.0)
+    assert measured.seconds(4) == pytest.approx(7.0), "where every one does it counts"
+
+
+def test_the_likeliest_tokens_of_all_requests_are_taken() -> None:
+    drafting = Drafting("auto", times({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 8: 1.0, 16: 99.0}))
+    assert sizes(drafting, draft(0.9), draft(0.1), draft(0.8)) == [4, 0, 1]
+    assert sizes(drafting, draft(0.9), Draft(), draft(0.8), n_batch=7) == [1, 0, 0]
+    assert sizes(drafting, *[draft(0.9)] * 20) == [0] * 20
+
+
+def test_ngram_takes_what_is_rather_right_than_wrong() -> None:
+    drafting = Drafting("ngram")
+    assert sizes(drafting, draft(0.99)) == [15]
+    assert sizes(drafting, draft(0.9)) == [3]
+    assert sizes(drafting, draft(0.6)) == [1]
+    assert sizes(drafting, draft(0.4)) == [0]
+    assert sizes(drafting, Draft()) == [0]
