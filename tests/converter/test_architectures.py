@@ -54,8 +54,9 @@ def test_a_converted_file_is_of_the_same_architecture(tmp_path: Path, name: str)
     np.testing.assert_array_equal(logits(result), logits(direct))
 
 
-def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path) -> None:
-    content = read_content(write_family(tmp_path / "whole.gguf", "glm4moe", shape=SHAPE))
+@pytest.mark.parametrize("name", ["glm4moe", "qwen3next"])
+def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path, name: str) -> None:
+    content = read_content(write_family(tmp_path / "whole.gguf", name, shape=SHAPE))
     path = write_content(tmp_path / "m.gguf", with_prediction_block(content, SHAPE.n_layer))
     planned = plan(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1))
     assert "What predicts further tokens (MTP, 1 of the blocks) is left out: nothing runs it." in planned.notes

@@ -16,6 +16,8 @@ from gguf import GGMLQuantizationType
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
 from slimoe.converter.budget.compress import plan_compression
+from slimoe.converter.convert import ConvertOptions
+from slimoe.converter.convert import plan as plan_conversion
 from slimoe.converter.forward.block import (
     Attention,
     attend,
@@ -41,7 +43,7 @@ from slimoe.converter.source.held_source import FittedSource
 from slimoe.converter.source.model_source import MatrixKey, ModelSource
 from slimoe.converter.stats.backward_pass import draw_labels
 from slimoe.converter.stats.forward_pass import CalibrationSettings, calibrate
-from slimoe.converter.stats.imatrix_file import imatrix_of
+from slimoe.converter.stats.imatrix_file import imatrix_of, write_imatrix
 from slimoe.converter.stats.observer import Samples
 from slimoe.converter.stats.sensitivity import measure_sensitivity
 from slimoe.converter.stats.statistics import Statistics
@@ -165,6 +167,18 @@ def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: s
     weights = [key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name.endswith(".weight")]
     matrices = {name for name in weights if not name.endswith((*unread, "ssm_conv1d.weight", "shortconv.conv.weight"))}
     assert known == matrices | {"output.weight"}
+
+
+@pytest.mark.parametrize("name", ["glm4moe", *RECURRENT])
+def test_an_imatrix_reaches_every_matrix(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
+    """A delta net's joined input is a matrix of its own, and not that of attention."""
+    source, statistics = calibrated(name)
+    write_imatrix(imatrix_of(statistics), tmp_path / "imatrix.gguf")
+    options = ConvertOptions(source.path, tmp_path / "m.gguf", "Q4_0", imatrix=tmp_path / "imatrix.gguf")
+    fitted = plan_conversion(options).fitted
+    assert fitted is not None
+    is_tied = MatrixKey("output.weight") not in source.shapes
+    assert fitted.n_fitted == fitted.n_matrices - (0 if is_tied else 1), "of a token table nothing is known"
 
 
 def logits(path: Path) -> Array:
