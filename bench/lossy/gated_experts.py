@@ -6,15 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import (
-    attend,
-    read_attention,
-    read_expert,
-    read_router,
-    read_shared,
-    read_tensor,
-    route,
-)
+from slimoe.converter.forward.block import attend, read_attention, read_expert, read_router, read_shared, read_tensor
+from slimoe.converter.forward.routing import route
 from slimoe.converter.forward.stream import Sequences
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import MatrixKey

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from slimoe.converter.budget.structure import Structure
 from slimoe.converter.forward.aux_experts import AuxVectors
-from slimoe.converter.forward.block import Routing
 from slimoe.converter.forward.pass_time import pass_seconds
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.layout.plan import AuxPlan
 from slimoe.converter.methods.compressed_experts import AuxSample, FittedVectors, fit_vectors, held_out_rows

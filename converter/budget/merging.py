@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, Routing, read_expert
+from slimoe.converter.forward.block import Expert, read_expert
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream, rows_by_expert
 from slimoe.converter.layout.plan import MERGED, CompressPlan, ExpertPlan, LayerPlan
 from slimoe.converter.methods.constant_experts import variances

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.budget.structure import Structure
-from slimoe.converter.forward.block import Routing, read_expert
+from slimoe.converter.forward.block import read_expert
 from slimoe.converter.forward.pass_time import median_seconds, pass_seconds
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.layout.plan import LayerPlan
 from slimoe.converter.neurons.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance

@@ -6,7 +6,6 @@ are rows [n, n_embd].
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.block_end import BlockEnd
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
 from slimoe.converter.forward.recurrent import DeltaNet, ShortConv
 from slimoe.converter.forward.rotation import angles_of, rotate
+from slimoe.converter.forward.routing import Router
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import (
     PROJECTIONS,
@@ -29,12 +30,8 @@ from slimoe.converter.source.model_source import (
     vectors_key,
 )
 from slimoe.offload.model.architecture import Activation
-from slimoe.offload.model.expert_spec import ExpertSpec
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT
-
-_LEAST_SUM = 2.0**-14
-"""llama.cpp's lower bound of what the probabilities of the selected experts are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +51,15 @@ class Attention:
     """A block's attention: norm, projections, and what not all models have: divisors of the angles [n_rot / 2], others
     for sequences longer than the original context, norms of queries and keys, a logit of each head to no token
     [n_head], and a window of so many tokens, 0 for all, with a frequency base of its own. With `latent` attention `k`
-    and `v` are the same matrix, of low-rank rows of both and what rotates of keys.
+    and `v` are the same matrix, of low-rank rows of both and what rotates of keys. Without `v` the products with `k`
+    are values too. Heads have `n_embd_head` values, of which `n_rot` rotate, or with 0 the model's. `post_norm`, if
+    any, is of what is added to the stream.
     """
 
     norm: Norm
     q: Linear
     k: Linear
-    v: Linear
+    v: Linear | None
     out: Linear
     rope_factors: Tensor | None = None
     long_factors: Tensor | None = None
@@ -69,42 +68,13 @@ class Attention:
     latent: LatentMatrices | None = None
     sinks: Tensor | None = field(default=None, kw_only=True)
     n_window: int = field(default=0, kw_only=True)
+    n_embd_head: int = field(default=0, kw_only=True)
+    n_rot: int = field(default=0, kw_only=True)
+    post_norm: Norm | None = field(default=None, kw_only=True)
 
 
 Mixer = Attention | DeltaNet | ShortConv
 """What mixes the tokens of a sequence in a layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Router:
-    """The feed-forward part's norm, and the router `weight` [n_row, n_embd].
-
-    `bias` [n_row], if any, is that of its logits, and `choice_bias` [n_row] is added to the scores to select experts,
-    but not to their weights.
-    """
-
-    norm: Norm
-    weight: Tensor
-    choice_bias: Tensor | None = None
-    bias: Tensor | None = None
-
-    def with_rows(self, rows: Sequence[int]) -> "Router":
-        """The router with only some of its rows."""
-        own = torch.tensor(rows, device=self.weight.device)
-        choice_bias, bias = (None if one is None else one[own] for one in (self.choice_bias, self.bias))
-        return Router(self.norm, self.weight[own], choice_bias, bias)
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What a router answers to n tokens: logits and probabilities for all its rows [n, n_row], each by itself if the
-    score is a sigmoid; the rows that are selected and their expert weights [n, n_selected], the likeliest first.
-    """
-
-    logits: Tensor
-    probabilities: Tensor
-    selected: Tensor
-    weights: Tensor
 
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
@@ -115,6 +85,8 @@ def activate(gate: Tensor, up: Tensor, activation: Activation = "swiglu") -> Ten
     """The activations [n, n_ff] of an expert from its products with gate and up."""
     if activation == "swiglu":
         return torch.nn.functional.silu(gate) * up
+    if activation == "geglu":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
     gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
     return gate * (_OAI_ALPHA * gate).sigmoid() * (up + 1)
 
@@ -139,18 +111,33 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class SharedExpert:
-    """An expert that every token passes. The product of `gate` [n_embd], if any, and the input gates its output."""
+    """An expert that every token passes. The product of `gate` [n_embd], if any, and the input gates its output.
+
+    One that does not read what the experts read has a `scale` [n_embd] of these inputs, `post_norm` is of its output.
+    """
 
     expert: Expert
     gate: Tensor | None = None
+    scale: Tensor | None = None
+    post_norm: Norm | None = None
+
+    def reads(self, x: Tensor) -> Tensor:
+        """Its input [n, n_embd] of that of the experts."""
+        return x if self.scale is None else x * self.scale
+
+    def output(self, x: Tensor, down: Tensor) -> Tensor:
+        """The output [n, n_embd] of its product with down, and the input that made it."""
+        output = self.weights(x) * down
+        return output if self.post_norm is None else self.post_norm(output)
 
     def weights(self, x: Tensor) -> Tensor:
         """What its output is multiplied with [n, 1]: 1 without a gate."""
         return x.new_ones(len(x), 1) if self.gate is None else (x @ self.gate).sigmoid()[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The output [n, n_embd]."""
-        return self.weights(x) * self.expert(x)
+        """The output [n, n_embd] for the experts' input."""
+        read = self.reads(x)
+        return self.output(read, self.expert(read))
 
 
 def read_tensor(source: ModelSource, key: MatrixKey, device: str = "cpu") -> Tensor:
@@ -174,15 +161,28 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Mixe
         return _read_recurrent(source, layer, device)
     if source.spec.attention.latent:
         return _read_latent(source, layer, device)
-    q, k, v, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "v", "output"))
+    q, k, out = (_linear(source, layer, f"attn_{role}", device) for role in ("q", "k", "output"))
+    v = _linear(source, layer, "attn_v", device) if block_key(layer, "attn_v") in source.shapes else None
     whole, short, long = (
         _optional(source, MatrixKey(f"{name}.weight"), device)
         for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
     )
     norms = [_optional(source, block_key(layer, role), device) for role in ("attn_q_norm", "attn_k_norm")]
     factors = (short, long) if whole is None else (whole, whole)
+    if source.spec.architecture.has_window_heads and source.spec.window(layer):
+        factors = None, None
     norm, sinks = _norm(source, layer, "attn_norm", device), _optional(source, block_key(layer, "attn_sinks"), device)
-    return Attention(norm, q, k, v, out, *factors, *norms, sinks=sinks, n_window=source.spec.window(layer))
+    return Attention(
+        norm,
+        *(q, k, v, out),
+        *factors,
+        *norms,
+        sinks=sinks,
+        n_window=source.spec.window(layer),
+        n_embd_head=source.spec.attention_of(layer).n_embd_head,
+        n_rot=source.spec.n_rot(layer),
+        post_norm=_post_norm(source, layer, "post_attention_norm", device),
+    )
 
 
 def _read_recurrent(source: ModelSource, layer: int, device: str) -> DeltaNet | ShortConv:
@@ -223,7 +223,32 @@ def read_router(source: ModelSource, layer: int, device: str = "cpu") -> Router 
     weight = read_tensor(source, block_key(layer, "ffn_gate_inp"), device)
     keys = choice_bias_key(layer), block_key(layer, "ffn_gate_inp", "bias")
     choice_bias, bias = (_optional(source, key, device) for key in keys)
-    return Router(read_ffn_norm(source, layer, device), weight, choice_bias, bias)
+    norm, scale = (
+        read_ffn_norm(source, layer, device),
+        _optional(source, block_key(layer, "ffn_gate_inp", "scale"), device),
+    )
+    if scale is not None:
+        scale = _instead_of(norm, scale / math.sqrt(source.spec.n_embd))
+    return Router(norm, weight, choice_bias, bias, scale)
+
+
+def _instead_of(norm: Norm, weight: Tensor) -> Tensor:
+    """What takes rows with the weights of `norm` to rows with a `weight` [n_embd]; 0 where the norm's are 0."""
+    return torch.where(norm.weight == 0, torch.zeros_like(weight), weight / norm.weight)
+
+
+def _post_norm(source: ModelSource, layer: int, role: str, device: str) -> Norm | None:
+    """A norm of what a part adds to the stream, where the model has some and the layer the part."""
+    is_there = source.spec.architecture.has_post_norms and block_key(layer, role) in source.shapes
+    return _norm(source, layer, role, device) if is_there else None
+
+
+def read_end(source: ModelSource, layer: int, device: str = "cpu") -> BlockEnd | None:
+    """What a layer's update passes, None where it is added as it is; raises ModelFileError."""
+    if not source.spec.architecture.has_post_norms:
+        return None
+    experts, ffn = (_post_norm(source, layer, role, device) for role in ("post_ffw_norm_2", "post_ffw_norm"))
+    return BlockEnd(experts, ffn, _optional(source, block_key(layer, "layer_output_scale"), device))
 
 
 def _norm(source: ModelSource, layer: int, role: str, device: str) -> Norm:
@@ -265,10 +290,16 @@ def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[No
 
 def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedExpert | None:
     """The expert that every token of a layer passes beside those it selects, None without; raises ModelFileError."""
-    if block_key(layer, "ffn_down_shexp") not in source.shapes:
+    of = source.spec.architecture.shared
+    if of is None or block_key(layer, f"ffn_down{of.suffix}") not in source.shapes:
         return None
-    expert = Expert(*(_linear(source, layer, f"ffn_{name}_shexp", device) for name in PROJECTIONS))
-    return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
+    linears = (_linear(source, layer, f"ffn_{name}{of.suffix}", device) for name in PROJECTIONS)
+    expert = Expert(*linears, activation=source.spec.architecture.activation)
+    if of.width != "dense":
+        return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
+    own = _norm(source, layer, "ffn_norm", device).weight
+    scale = _instead_of(read_ffn_norm(source, layer, device), own)
+    return SharedExpert(expert, None, scale, _norm(source, layer, "post_ffw_norm_1", device))
 
 
 def read_aux_vectors(source: ModelSource, layer: int, device: str = "cpu") -> AuxVectors | None:
@@ -289,7 +320,8 @@ def attend(block: Mixer, spec: ModelSpec, h: Tensor) -> AttentionPass:
     x = block.norm(h)
     factors = block.long_factors if n > spec.rope.n_ctx_orig else block.rope_factors
     is_own = block.n_window and spec.rope.window_freq_base
-    rope = replace(spec.rope, freq_base=spec.rope.window_freq_base) if is_own else spec.rope
+    freq_base = spec.rope.window_freq_base if is_own else spec.rope.freq_base
+    rope = replace(spec.rope, freq_base=freq_base, n_rot=block.n_rot or spec.rope.n_rot)
     heads = _heads_of(block, spec, x, angles_of(rope, n, h.device, factors))
     is_unseen = torch.ones(n, n, dtype=torch.bool, device=h.device).triu(1)
     if block.n_window:
@@ -311,6 +343,7 @@ def attend(block: Mixer, spec: ModelSpec, h: Tensor) -> AttentionPass:
         output = output * heads.gates.sigmoid()
     reads["attn_output"] = output.flatten(1)
     last = products_of["attn_output"] = block.out(reads["attn_output"])
+    last = last if block.post_norm is None else block.post_norm(last)
     return AttentionPass(spec.multipliers.residual * last, received, reads, products_of)
 
 
@@ -321,24 +354,26 @@ def _heads_of(block: Attention, spec: ModelSpec, x: Tensor, angles: tuple[Tensor
         heads, role = block.latent.heads(spec, q, k, angles), "attn_q" if block.latent.q is None else "attn_q_a"
         reads, products = {role: x, "attn_kv_a_mqa": x}, {role: q, "attn_kv_a_mqa": k}
         return replace(heads, reads=reads | dict(heads.reads), products=products | dict(heads.products))
-    v, rows, gates = block.v(x), q, None
+    v, rows, gates, width = None if block.v is None else block.v(x), q, None, block.n_embd_head or spec.n_embd_head
     if spec.attention.is_gated:
         both = q.view(len(q), spec.n_head, 2, spec.n_embd_head)
         rows, gates = both[:, :, 0].flatten(1), both[:, :, 1]
     queries, keys = (
-        _normed_heads(rotate(_heads(part, norm, spec), *angles, spec.architecture.rope), norm, spec)
+        _normed_heads(rotate(_heads(part, norm, spec, width), *angles, spec.architecture.rope), norm, spec)
         for part, norm in ((rows, block.q_norm), (k, block.k_norm))
     )
-    values = v.view(len(v), spec.n_head_kv, spec.n_embd_head)
-    products = {"attn_q": q, "attn_k": k, "attn_v": v}
+    values = (k if v is None else v).view(len(x), -1, width)
+    if spec.architecture.norms_values:
+        values = rms_norm(values, torch.ones_like(values[0, 0]), spec.rms_eps)
+    products = {"attn_q": q, "attn_k": k} | ({} if v is None else {"attn_v": v})
     return Heads(queries, keys.unbind(1), values.unbind(1), dict.fromkeys(products, x), products, gates)
 
 
-def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor:
-    """Rows [n, n_head * n_embd_head] as heads [n, n_head, n_embd_head], normalised where there is a `norm`."""
+def _heads(rows: Tensor, norm: Tensor | None, spec: ModelSpec, width: int) -> Tensor:
+    """Rows [n, n_head * width] as heads [n, n_head, width], normalised where there is a `norm`."""
     if norm is not None and spec.architecture.qk_norm == "row":
         rows = rms_norm(rows, norm, spec.rms_eps)
-    heads = rows.view(len(rows), -1, spec.n_embd_head)
+    heads = rows.view(len(rows), -1, width)
     return rms_norm(heads, norm, spec.rms_eps) if norm is not None and spec.architecture.qk_norm == "head" else heads
 
 
@@ -346,28 +381,3 @@ def _normed_heads(heads: Tensor, norm: Tensor | None, spec: ModelSpec) -> Tensor
     """Heads [n, n_head, n_embd_head] that are normalised after the rotation."""
     is_later = norm is not None and spec.architecture.qk_norm == "head_after_rope"
     return rms_norm(heads, norm, spec.rms_eps) if is_later else heads
-
-
-def route(router: Router, spec: ModelSpec, x: Tensor) -> Routing:
-    """The experts that a router selects for normalised rows `x` [n, n_embd], the likeliest first."""
-    logits = torch.nn.functional.linear(x, router.weight, router.bias)
-    probabilities = logits.sigmoid() if spec.router_score == "sigmoid" else logits.softmax(-1)
-    scores = logits if spec.router_score == "softmax_of_selected" else probabilities
-    choice = scores if router.choice_bias is None else scores + router.choice_bias
-    selected = _of_best_groups(choice, spec.experts).topk(spec.n_expert_selected, -1).indices
-    weights = scores.gather(-1, selected)
-    if spec.router_score == "softmax_of_selected":
-        weights = weights.softmax(-1)
-    if spec.renormalises or (spec.n_expert_aux and spec.router_score == "softmax_of_selected"):
-        weights = weights / weights[:, : spec.n_expert_used].sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
-    return Routing(logits, probabilities, selected, weights * spec.expert_weights_scale)
-
-
-def _of_best_groups(choice: Tensor, experts: ExpertSpec) -> Tensor:
-    """The scores [n, n_row] with -inf in the groups that are not selected, whose two best add up to less."""
-    if experts.n_group < 2:
-        return choice
-    groups = choice.unflatten(-1, (experts.n_group, -1))
-    best = groups.topk(2, -1).values.sum(-1).topk(experts.n_group_used, -1).indices
-    is_other = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, value=False)
-    return groups.masked_fill(is_other[..., None], -math.inf).flatten(-2)

@@ -15,19 +15,25 @@ from slimoe.converter.source.model_source import MatrixKey, ModelSource
 class Head:
     """The last norm, the output matrix [n_vocab, n_embd] and its bias [n_vocab], if any.
 
-    Logits are `scale` times its products.
+    Logits are `scale` times its products, bounded by `softcap` if that is not 0.
     """
 
     norm: Norm
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
+    softcap: float = 0.0
     max_logits: int = 1 << 23
     """The most logits that are held at once, 32 MiB of them."""
 
     def __call__(self, h: Tensor) -> Tensor:
         """Logits [n, n_vocab] of hidden states behind the last layer [n, n_embd]."""
-        return self.scale * torch.nn.functional.linear(self.norm(h), self.weight, self.bias)
+        logits = self.scale * torch.nn.functional.linear(self.norm(h), self.weight, self.bias)
+        return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
+
+    def slopes(self, logits: Tensor) -> Tensor | float:
+        """The derivatives of these logits by the products of the matrix."""
+        return self.scale * (1 - (logits / self.softcap).square()) if self.softcap else self.scale
 
     def spans(self, n_rows: int) -> Iterator[slice]:
         """Cuts `n_rows` rows into parts whose logits are few enough to be held at once."""
@@ -41,4 +47,5 @@ def read_head(source: ModelSource, device: str = "cpu") -> Head:
     table = read_tensor(source, output if output in source.shapes else MatrixKey("token_embd.weight"), device)
     key = MatrixKey("output.bias")
     bias = read_tensor(source, key, device) if key in source.shapes else None
-    return Head(read_output_norm(source, device), table, bias, source.spec.multipliers.logits)
+    scales = source.spec.multipliers
+    return Head(read_output_norm(source, device), table, bias, scales.logits, scales.softcap)

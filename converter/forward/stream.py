@@ -16,21 +16,21 @@ from torch import Tensor
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
     Expert,
-    Router,
-    Routing,
     SharedExpert,
     attend,
     read_attention,
     read_aux_vectors,
     read_dense,
+    read_end,
     read_expert,
     read_router,
     read_shared,
     read_tensor,
-    route,
 )
+from slimoe.converter.forward.block_end import BlockEnd
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.norms import Norm
+from slimoe.converter.forward.routing import Router, Routing, route
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, constant_key
 from slimoe.offload.files.whole_file import write_error
 
@@ -131,12 +131,15 @@ class Stream:
         """
         with torch.no_grad():
             self._attention(layer, observer)
-            router = read_router(self.source, layer, self.device)
+            router, block_end = read_router(self.source, layer, self.device), read_end(self.source, layer, self.device)
             if router is not None:
-                self._experts(layer, router, observer, experts)
+                self._experts(layer, router, observer, experts, block_end)
             elif self.source.layers[layer].has_ffn:
                 norm, ffn = read_dense(self.source, layer, self.device)
                 self._always(layer, norm, SharedExpert(ffn), observer)
+            elif block_end is not None:
+                for rows in self._spans():
+                    self._after[rows] = block_end.scaled(self._after[rows].to(self.device)).cpu()
         for begin, end in self.sequences.spans():
             observer.block(layer, begin, self.h[begin:end], self._middle[begin:end], self._after[begin:end])
         self.h, self._after = self._after, self.h
@@ -155,13 +158,28 @@ class Stream:
                 h = h + seen.update
             self._middle[begin:end] = self._after[begin:end] = h
 
-    def _experts(self, layer: int, router: Router, observer: Observer, read: Callable[[int], Expert] | None) -> None:
+    def _spans(self) -> Iterator[slice]:
+        """Rows that are computed at once."""
+        n_rows = self.sequences.n_rows
+        yield from (slice(begin, min(begin + _ROWS_AT_ONCE, n_rows)) for begin in range(0, n_rows, _ROWS_AT_ONCE))
+
+    def _experts(
+        self,
+        layer: int,
+        router: Router,
+        observer: Observer,
+        read: Callable[[int], Expert] | None,
+        block_end: BlockEnd | None,
+    ) -> None:
         found, residual = [], self.source.spec.multipliers.residual
         for begin, end in self.sequences.spans():
             x = self._x[begin:end] = self._normalised(slice(begin, end), router.norm)
             found.append(route(router, self.source.spec, x))
             observer.routed(layer, begin, x, found[-1])
-        if (shared := read_shared(self.source, layer, self.device)) is not None:
+        shared = read_shared(self.source, layer, self.device)
+        if block_end is not None:  # What experts say is gathered alone first.
+            self._after.zero_()
+        elif shared is not None:
             self._always(layer, router.norm, shared, observer)
         parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
         routing = Routing(*(torch.cat(part).cpu() for part in parts))
@@ -186,20 +204,27 @@ class Stream:
                 output = expert.down(hidden) if other is None else other
                 observer.output(layer, number, part, weight, output)
                 add(part, weight[:, None] * output)
-        for begin in range(0, self.sequences.n_rows if aux is not None else 0, _ROWS_AT_ONCE):
-            every = slice(begin, begin + _ROWS_AT_ONCE)
+        for every in self._spans() if aux is not None else ():
             assert aux is not None
             self._after[every] += (residual * aux.shifts(*(part[every] for part in others))).cpu()
+        for every in self._spans() if block_end is not None else ():
+            assert block_end is not None
+            total, x = self._after[every].to(self.device), self._x[every].to(self.device)
+            always = None if shared is None else self._passed(layer, x, shared, observer)
+            self._after[every] = block_end.after(self._middle[every].to(self.device), total, always).cpu()
 
     def _always(self, layer: int, norm: Norm, shared: SharedExpert, observer: Observer) -> None:
         """Adds what every token passes: a dense feed-forward part, or the shared expert."""
-        for begin in range(0, self.sequences.n_rows, _ROWS_AT_ONCE):
-            rows = slice(begin, begin + _ROWS_AT_ONCE)
-            x = self._normalised(rows, norm)
-            hidden = shared.expert.hidden(x)
-            observer.always(layer, x, hidden)
-            output = shared.weights(x) * shared.expert.down(hidden)
+        for rows in self._spans():
+            output = self._passed(layer, self._normalised(rows, norm), shared, observer)
             self._after[rows] += (self.source.spec.multipliers.residual * output).cpu()
+
+    def _passed(self, layer: int, x: Tensor, shared: SharedExpert, observer: Observer) -> Tensor:
+        """The output [n, n_embd] of what every token passes, for the normalised input of experts."""
+        read = shared.reads(x)
+        hidden = shared.expert.hidden(read)
+        observer.always(layer, read, hidden)
+        return shared.output(read, shared.expert.down(hidden))
 
     def close(self) -> None:
         """Deletes the buffers."""

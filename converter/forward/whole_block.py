@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.block import (
-    Router,
     attend,
     read_attention,
     read_aux_vectors,
     read_dense,
+    read_end,
     read_expert,
     read_router,
     read_shared,
     read_tensor,
-    route,
 )
+from slimoe.converter.forward.routing import Router, route
 from slimoe.converter.forward.stream import rows_by_expert
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import constant_key
@@ -31,17 +31,23 @@ def pass_block(source: TensorSource, layer: int, h: Tensor, lengths: Sequence[in
     if attention is not None:
         parts = h.split(list(lengths))
         h = torch.cat([part + attend(attention, source.spec, part).update for part in parts])
-    router = read_router(source, layer, source.device)
+    router, end = read_router(source, layer, source.device), read_end(source, layer, source.device)
     if router is not None:
-        return h + source.spec.multipliers.residual * _mixture(source, layer, router, h)
+        total, always = _mixture(source, layer, router, h)
+        if end is not None:
+            return end.after(h, total, always)
+        return h + source.spec.multipliers.residual * (total if always is None else total + always)
     if source.layers[layer].has_ffn:
         norm, ffn = read_dense(source, layer, source.device)
         return h + source.spec.multipliers.residual * ffn(norm(h))
-    return h
+    return h if end is None else end.scaled(h)
 
 
-def _mixture(source: TensorSource, layer: int, router: Router, h: Tensor) -> Tensor:
-    """What experts add to the hidden states `h` [n, n_embd]; no gradient flows through which ones are selected."""
+def _mixture(source: TensorSource, layer: int, router: Router, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What experts say to the hidden states `h` [n, n_embd], and what the shared one does, None without.
+
+    No gradient flows through which ones are selected.
+    """
     x = router.norm(h)
     routing, n_main = route(router, source.spec, x), source.spec.n_expert_used
     total = torch.zeros_like(x)
@@ -56,4 +62,4 @@ def _mixture(source: TensorSource, layer: int, router: Router, h: Tensor) -> Ten
         others = routing.selected[:, n_main:], routing.weights[:, n_main:]
         total = total * aux.gains(*others) + aux.shifts(*others)
     shared = read_shared(source, layer, source.device)
-    return total if shared is None else total + shared(x)
+    return total, None if shared is None else shared(x)

@@ -107,7 +107,7 @@ def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Typ
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
     """Router rows and width of the widest expert; of width 1 where there are constant experts only."""
-    if "ffn_gate" in layer.types:
+    if "ffn_gate" in layer.types and not layer.rows:
         return LayerShape(0, source.shapes[block_key(layer.block, "ffn_gate")][0], layer.has_attention)
     widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
     n_ff = max(widths, default=1) if layer.rows else 0
@@ -139,7 +139,7 @@ class LayerMatrices:
         """Those of the layer's `tensors` and their biases, then the experts and the constants."""
         joins_qkv = self.source.spec.architecture.joins_qkv and not self.native
         for role in dict.fromkeys(tensor.role for tensor in tensors if not tensor.role.endswith("_exps")):
-            for suffix in ("bias", "weight", ""):
+            for suffix in ("bias", "weight", "scale", ""):
                 key = block_key(self.plan.block, role, suffix)
                 if key not in self.source.shapes:
                     continue
@@ -147,7 +147,8 @@ class LayerMatrices:
                 matrix = source_matrix(self.source, key, name, kind, self.plan.block)
                 if role in QKV and joins_qkv and not matrix.is_vector:
                     matrix = self._joined(matrix, role)
-                yield self._by_expert(matrix) if role in (ROUTER, CHOICE_BIAS) else matrix
+                is_by_expert = role in (ROUTER, CHOICE_BIAS) and suffix != "scale"
+                yield self._by_expert(matrix) if is_by_expert else matrix
         if not self.plan.rows:
             return
         layout = native_layer(self.source, self.plan)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import Router, route
+from slimoe.converter.forward.routing import Router, route
 from slimoe.converter.stats.statistics import Single
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.block import Routing
 from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import Progress
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import HiddenStates, Observer, Stream
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.report.alignment import LayerMap, likely_layer_map

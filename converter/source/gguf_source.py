@@ -34,9 +34,8 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     """
     file = ModelFile.of(read_gguf(path))
     gguf, spec, sources = file.gguf, file.spec, file.sources
-    if spec.architecture.has_indexer or spec.window_attention:
-        why = "its indexer would be lost" if spec.architecture.has_indexer else "heads of windows are not rewritten"
-        problem = f"the architecture {spec.architecture.name!r} is run, but not converted: {why}."
+    if spec.architecture.has_indexer:
+        problem = f"the architecture {spec.architecture.name!r} is run, but not converted: its indexer would be lost."
         raise UnsupportedModelError(path, problem)
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()

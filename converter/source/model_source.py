@@ -58,6 +58,12 @@ def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
     return MatrixKey(f"blk.{layer}.{role}.{kind}" if kind else f"blk.{layer}.{role}")
 
 
+def shared_suffix(source: "ModelSource", layer: int) -> str:
+    """What the roles of a layer's matrices that every token passes end with: `_shexp`, or nothing for dense ones."""
+    shared = source.spec.architecture.shared
+    return "" if not source.layers[layer].target or (shared is not None and not shared.suffix) else "_shexp"
+
+
 def choice_bias_key(layer: int) -> MatrixKey:
     """What is added to a router's scores [n_row] to select experts, but not to their weights."""
     return block_key(layer, "exp_probs_b", "bias")

@@ -1,6 +1,6 @@
 """A backward pass of the likelihood through a model that is read block by block, and the sums of squared gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,24 +9,24 @@ from torch import Tensor
 from slimoe.converter.forward.block import (
     Expert,
     Mixer,
-    Router,
-    Routing,
     SharedExpert,
     activate,
     attend,
     read_attention,
     read_dense,
+    read_end,
     read_expert,
     read_router,
     read_shared,
     read_tensor,
-    route,
 )
+from slimoe.converter.forward.block_end import BlockEnd
 from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.norms import Norm
-from slimoe.converter.forward.stream import HiddenStates, Sequences
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key
+from slimoe.converter.forward.routing import Router, Routing, route
+from slimoe.converter.forward.stream import HiddenStates, Sequences, rows_by_expert
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key, shared_suffix
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single, has_plain_attention
@@ -67,6 +67,8 @@ class Backward:
         self._squares = [Squares() for _ in range(source.spec.n_layer)]
         self._removals = [RemovalSums(layer.n_stored) for layer in source.layers]
         self._ends = Squares()
+        self._by_experts: Tensor | None = None
+        """The gradient by the sum of a layer's experts, where it is not that by the stream, times a constant."""
 
     def close(self) -> None:
         """Deletes the files on disk."""
@@ -88,14 +90,15 @@ class Backward:
         for layer in reversed(range(min(n_left, n_layer))):
             attention = read_attention(self.source, layer, self.device)
             self._find_middle(layer, attention)
+            router, end = read_router(self.source, layer, self.device), read_end(self.source, layer, self.device)
+            along_attention = self._along_attention(layer, end)
+            along_ffn = self._through_end(layer, router, end)
             self._squares[layer].add("update", self._by_output())
-            along_attention = self._along_attention(layer)
-            router = read_router(self.source, layer, self.device)
-            along_ffn = torch.zeros(self.sequences.n_rows)
             if router is not None:
-                along_ffn = self._mixture(layer, router)
+                along_ffn += self._mixture(layer, router, has_end=end is not None)
             elif self.source.layers[layer].has_ffn:
-                along_ffn = self._dense(layer)
+                along_ffn += self._dense(layer)
+            self._by_experts = None
             self._removals[layer].add_ffn(along_ffn, along_attention)
             if attention is not None:
                 self._attention(layer, attention)
@@ -150,7 +153,7 @@ class Backward:
             likelihood = -torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             self._gradient[rows] = torch.autograd.grad(likelihood, h)[0].cpu()
             chances = logits.detach().softmax(-1)
-            self._ends.add("output", head.scale * (chances * (1 - chances)).sqrt())
+            self._ends.add("output", head.slopes(logits.detach()) * (chances * (1 - chances)).sqrt())
 
     def _find_middle(self, layer: int, attention: Mixer | None) -> None:
         """Computes the residual stream between attention and feed-forward part again."""
@@ -165,23 +168,75 @@ class Backward:
         n_rows = self.sequences.n_rows
         yield from (slice(begin, min(begin + _ROWS_AT_ONCE, n_rows)) for begin in range(0, n_rows, _ROWS_AT_ONCE))
 
-    def _along_attention(self, layer: int) -> Tensor:
-        """The inner product of the gradient and attention's update, by token [n_rows]."""
+    def _along_attention(self, layer: int, end: BlockEnd | None = None) -> Tensor:
+        """The inner product of the gradient and attention's update, by token [n_rows], behind the block's `end`."""
         before, along = self.states.before[layer], torch.empty(self.sequences.n_rows)
         for rows in self._spans():
-            along[rows] = (self._gradient[rows] * (self._middle[rows] - before[rows])).sum(1)
+            middle = self._middle[rows] if end is None else end.scaled(self._middle[rows].to(self.device)).cpu()
+            along[rows] = (self._gradient[rows] * (middle - before[rows])).sum(1)
         return along
 
-    def _mixture(self, layer: int, router: Router) -> Tensor:
-        """Takes the gradient back through the experts, one after the other, and through their expert weights.
+    def _through_end(self, layer: int, router: Router | None, end: BlockEnd | None) -> Tensor:
+        """Takes the gradient back to a layer's middle, through norms and what every token passes, and to its experts.
 
-        Returns the inner product of the gradient and the part's output, by token [n_rows].
+        Returns the inner product of the gradient and the part's output, by token [n_rows]; zeros where a layer's update
+        is added as it is, for which nothing is done.
         """
+        along = torch.zeros(self.sequences.n_rows)
+        if end is None:
+            return along
+        shared = read_shared(self.source, layer, self.device) if router is not None else None
+        total = None if router is None else self._expert_sum(layer, router)
+        for rows in self._spans():
+            middle, by_after = (part[rows].to(self.device) for part in (self._middle, self._gradient))
+            middle.requires_grad_()
+            if router is None or total is None:
+                self._gradient[rows] = torch.autograd.grad(end.scaled(middle), middle, by_after)[0].cpu()
+                continue
+            experts, products, always = total[rows].to(self.device).requires_grad_(), list[Tensor](), None
+            if shared is not None:
+                read = shared.reads(router.norm(middle))
+                gate, up = shared.expert.gate(read), shared.expert.up(read)
+                down = shared.expert.down(activate(gate, up, shared.expert.activation))
+                products, always = [gate, up, down], shared.output(read, down)
+            after = end.after(middle, experts, always)
+            by_middle, by_experts, *by_matrix = torch.autograd.grad(after, (middle, experts, *products), by_after)
+            along[rows] = (by_after * (after - end.scaled(middle)).detach()).sum(1).cpu()
+            self._gradient[rows], total[rows] = by_middle.cpu(), by_experts.cpu()
+            self._add_shared(layer, by_matrix)
+        self._by_experts = total
+        return along
+
+    def _expert_sum(self, layer: int, router: Router) -> Tensor:
+        """What a layer's experts say, weighted and added up [n_rows, n_embd]."""
+        total = torch.zeros(self.sequences.n_rows, self.source.spec.n_embd)
+        with torch.no_grad():
+            for expert, rows, weights in rows_by_expert(self.source.layers[layer].target, self._routing(router)):
+                if expert < 0:
+                    constant = read_tensor(self.source, constant_key(layer, -1 - expert))
+                    total.index_add_(0, rows, weights[:, None] * constant)
+                    continue
+                matrices = read_expert(self.source, layer, expert, self.device)
+                for some, share in zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True):
+                    output = matrices(router.norm(self._middle[some].to(self.device))).cpu()
+                    total.index_add_(0, some, share[:, None] * output)
+        return total
+
+    def _routing(self, router: Router) -> Routing:
+        """What a layer's router answers to all tokens, in host memory."""
         with torch.no_grad():
             parts = [self._route(router, self._middle[rows].to(self.device))[1] for rows in self._spans()]
-        selected, routed = (
-            torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("selected", "weights")
-        )
+        every = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in parts), strict=True)
+        return Routing(*(torch.cat(part).cpu() for part in every))
+
+    def _mixture(self, layer: int, router: Router, *, has_end: bool) -> Tensor:
+        """Takes the gradient back through the experts, one after the other, and through their expert weights.
+
+        Returns the inner product of the gradient and the part's output, by token [n_rows]; zeros where the part
+        `has_end` through which the gradient has been taken, and what every token passes as well.
+        """
+        routing = self._routing(router)
+        selected, routed = routing.selected, routing.weights
         self._by_input.zero_()
         by_weight = torch.zeros_like(routed)
         means = torch.tensor(self.source.layers[layer].target)[selected]
@@ -201,14 +256,14 @@ class Backward:
             along_constant = self._by_output(rows) @ mean.constant()
             self._removals[layer].add_constant(expert, routed[rows, ranks], by_weight[rows, ranks], along_constant)
         self._removals[layer].add_skips(means, routed, by_weight)
-        shared = read_shared(self.source, layer, self.device)
+        shared = None if has_end else read_shared(self.source, layer, self.device)
         along_shared = torch.zeros(len(routed)) if shared is None else self._shared(layer, shared, router.norm)
         for span in self._spans():
             middle = self._middle[span].to(self.device).requires_grad_()
             x, routing = self._route(router, middle)
             gradients = (self._by_input[span].to(self.device), by_weight[span].to(self.device))
             self._gradient[span] += torch.autograd.grad((x, routing.weights), middle, gradients)[0].cpu()
-        return along_shared + (routed * by_weight).sum(1)
+        return torch.zeros(len(routed)) if has_end else along_shared + (routed * by_weight).sum(1)
 
     def _route(self, router: Router, middle: Tensor) -> tuple[Tensor, Routing]:
         x = router.norm(middle)
@@ -250,17 +305,23 @@ class Backward:
         for rows in self._spans():
             x = norm(self._middle[rows].to(self.device)).requires_grad_()
             gate, up = shared.expert.gate(x), shared.expert.up(x)
-            down = shared.expert.down(activate(gate, up))
-            output, by_output = shared.weights(x) * down, self._by_output(rows).to(self.device)
+            down = shared.expert.down(activate(gate, up, shared.expert.activation))
+            output, by_output = shared.output(x, down), self._by_output(rows).to(self.device)
             *by_matrix, by_input = torch.autograd.grad(output, (gate, up, down, x), by_output)
-            for name, gradient in zip(PROJECTIONS, by_matrix, strict=True):
-                self._squares[layer].add(f"ffn_{name}_shexp", gradient)
+            self._add_shared(layer, by_matrix)
             self._by_input[rows] += by_input.cpu()
             along[rows] = (by_output * output.detach()).sum(1).cpu()
         return along
 
+    def _add_shared(self, layer: int, by_matrix: Sequence[Tensor]) -> None:
+        """Adds the squares of gradients by the products of a shared expert's matrices, if there is one."""
+        for name, gradient in zip(PROJECTIONS if by_matrix else (), by_matrix, strict=True):
+            self._squares[layer].add(f"ffn_{name}{shared_suffix(self.source, layer)}", gradient)
+
     def _by_output(self, rows: slice | Tensor = slice(None)) -> Tensor:
-        """The gradient by what attention or the feed-forward part put out, which some models scale before adding it."""
+        """The gradient by what the experts or a dense part put out, which some models scale before adding it."""
+        if self._by_experts is not None:
+            return self._by_experts[rows]
         return self.source.spec.multipliers.residual * self._gradient[rows]
 
     def _dense(self, layer: int) -> Tensor:

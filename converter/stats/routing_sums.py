@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Router, Routing, read_router, route
+from slimoe.converter.forward.block import read_ffn_norm, read_router
+from slimoe.converter.forward.routing import Router, Routing, route
 from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, RouterSums
 
@@ -96,6 +97,10 @@ class RouterPrediction:
         for ahead in range(N_AHEAD):
             later = layer + ahead + 1
             router = read_router(source, later, device) if later < len(source.layers) else None
+            if router is not None and router.scale is not None:
+                # It reads the stream by a vector of its own, whatever the norm before this layer's experts.
+                norm = read_ffn_norm(source, layer, device).weight
+                router = replace(router, scale=router.scale * router.norm.weight / norm)
             if router is not None:
                 self._routers[ahead] = router
         self.selected: Selected = np.zeros((N_AHEAD, n_rows, source.spec.n_expert_used), np.uint16)

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, block_key, expert_key, shared_suffix
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics, has_plain_attention
 from slimoe.converter.stats.type_costs import priced_matrices
 
@@ -103,9 +103,10 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
     gates = [expert_key(number, "gate", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_gate")]
     is_plain = of.has_attention and has_plain_attention(spec, number)
     heads = {
-        role: source.shapes[block_key(number, role)][0] if is_plain else 0 for role in ("attn_q", "attn_k", "attn_v")
+        role: source.shapes.get(block_key(number, role), (0,))[0] if is_plain else 0
+        for role in ("attn_q", "attn_k", "attn_v")
     }
-    n_mixed = spec.attention.n_output if of.has_attention and not spec.is_recurrent(number) else 0
+    n_mixed = spec.attention_of(number).n_output if of.has_attention and not spec.is_recurrent(number) else 0
     return heads | {
         "E": of.n_stored,
         "R": len(of.target),
@@ -132,10 +133,11 @@ def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterato
     otherwise than plain attention.
     """
     routed = bool(source.layers[number].target)
-    roles = [f"ffn_{name}{'_shexp' if routed else ''}" for name in PROJECTIONS]
+    suffix = shared_suffix(source, number)
+    roles = [f"ffn_{name}{suffix}" for name in PROJECTIONS]
     shapes = {role: source.shapes.get(block_key(number, role)) for role in roles}
     known = {role: shape for role, shape in shapes.items() if shape is not None}
-    read = {role: str(shape[1]) for role, shape in known.items() if not routed or role == roles[-1]}
+    read = {role: str(shape[1]) for role, shape in known.items() if not suffix or role == roles[-1]}
     made = {role: str(shape[0]) for role, shape in known.items() if routed}
     if source.layers[number].has_attention and not has_plain_attention(source.spec, number):
         for role in _MIXING:

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, Routing
-from slimoe.converter.source.model_source import ModelSource, expert_key
+from slimoe.converter.forward.block import Expert
+from slimoe.converter.forward.routing import Routing
+from slimoe.converter.source.model_source import ModelSource, expert_key, shared_suffix
 from slimoe.converter.stats.statistics import (
     GramSample,
     InputSums,
@@ -88,9 +89,11 @@ class InputTotals:
         self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
         self._attention = np.zeros(spec.n_embd if self._is_plain else 0)
-        self._mixed = np.zeros(spec.attention.n_output if of.has_attention and not spec.is_recurrent(layer) else 0)
+        self._mixed = np.zeros(
+            spec.attention_of(layer).n_output if of.has_attention and not spec.is_recurrent(layer) else 0
+        )
         self._router = np.zeros(spec.n_embd if of.target else 0)
-        self._suffix = "_shexp" if of.target else ""
+        self._suffix = shared_suffix(source, layer)
         self._others: dict[str, NDArray[np.float64]] = {}
 
     def add_attention(self, reads: Mapping[str, Tensor]) -> None:
@@ -115,7 +118,7 @@ class InputTotals:
     def add_always(self, x: Tensor, hidden: Tensor) -> None:
         """Adds tokens of a dense layer or a shared expert: its inputs [n, n_embd], and those of its down [n, n_ff].
 
-        A shared expert's inputs are the router's.
+        A shared expert's inputs are the router's, unless it is the dense part beside the experts.
         """
         read = {"ffn_down" + self._suffix: hidden}
         if not self._suffix:

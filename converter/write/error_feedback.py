@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, Linear, Router, read_expert, read_output_norm, read_router, route
+from slimoe.converter.forward.block import Expert, Linear, SharedExpert, read_expert, read_output_norm, read_router
+from slimoe.converter.forward.routing import Router, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import ROUTER, Matrix, is_attention
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
@@ -199,9 +200,9 @@ class FeedbackQuantiser:
         if matrix.key.expert >= 0:
             return self._expert_sums(matrix)
         if not is_attention(role):
-            inputs = [one.input() for one in passes]
+            inputs = [_always(one).reads(one.input()) for one in passes]
             if role.startswith("ffn_down"):
-                inputs = [_always(one).hidden(x) for one, x in zip(passes, inputs, strict=True)]
+                inputs = [_always(one).expert.hidden(x) for one, x in zip(passes, inputs, strict=True)]
             return _Sums.of(*inputs)
         if role in ATTENTION_INPUT:
             return _Sums.of(*(one.attention_input() for one in passes))
@@ -288,11 +289,11 @@ class FeedbackQuantiser:
         return result
 
 
-def _always(one: LayerPass) -> Expert:
+def _always(one: LayerPass) -> SharedExpert:
     """What every token passes, where there is such a thing."""
     shared = one.always()
     assert shared is not None
-    return shared.expert
+    return shared
 
 
 def _device() -> str:

@@ -9,18 +9,17 @@ from torch import Tensor
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
     Expert,
-    Router,
-    Routing,
     SharedExpert,
     attend,
     read_attention,
     read_dense,
+    read_end,
     read_ffn_norm,
     read_router,
     read_shared,
     read_tensor,
-    route,
 )
+from slimoe.converter.forward.routing import Router, Routing, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER
 from slimoe.converter.layout.plan import LayerPlan
@@ -90,9 +89,11 @@ class LayerPass:
     def always(self) -> SharedExpert | None:
         """What every token passes, the shared expert or a dense feed-forward part."""
         plan = self._plan
-        if f"ffn_down{'_shexp' if plan.rows else ''}" not in plan.types:
+        of = self._values.spec.architecture.shared
+        suffix = of.suffix if of is not None else "_shexp"
+        if f"ffn_down{suffix if plan.rows else ''}" not in plan.types:
             return None
-        shared = read_shared(self._values, plan.block)
+        shared = read_shared(self._values, plan.block) if plan.rows else None
         return SharedExpert(read_dense(self._values, plan.block)[1]) if shared is None else shared
 
     def output(self, expert: int, x: Tensor) -> Tensor:
@@ -109,15 +110,18 @@ class LayerPass:
 
     def behind(self, router: Router | None = None) -> Tensor:
         """The stream behind the layer; `router` selects the experts if it is not the plan's."""
-        update = None
+        update, end = None, read_end(self._values, self._plan.block)
         if self._plan.rows:
             x = self.input()
             routing = self.routing() if router is None else route(router, self._values.spec, x)
             update = torch.zeros_like(x)
             for expert, rows, expert_weights in rows_by_expert(self._plan.target, routing):
                 update.index_add_(0, rows, expert_weights[:, None] * self.output(expert, x[rows]))
-        if (always := self.always()) is not None:
+        always, middle = self.always(), self.middle()
+        if end is not None:
+            passed = None if always is None else always(self.input())
+            return end.scaled(middle) if update is None else end.after(middle, update, passed)
+        if always is not None:
             output = always(self.input())
             update = output if update is None else update + output
-        middle = self.middle()
         return middle if update is None else middle + self._values.spec.multipliers.residual * update

@@ -57,10 +57,11 @@ def build_step(
     Experts of layers in `lookup`, which is for steps of one token, are not in the `weights`.
     """
     ctx, graph = new_graph(spec, spec.n_layer, is_looked_up=lookup is not None)
-    n_windowed, n_states = sum(spec.windowed), shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
+    has_window = {spec.window(layer) > 0 for layer in spec.attention_layers}
+    n_states = shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
     masks = [
         int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)) if is_used else 0
-        for is_used in (n_windowed < spec.n_layer, n_windowed)
+        for is_used in (False in has_window, True in has_window)
     ]
     inputs = StepInputs(
         tokens=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),

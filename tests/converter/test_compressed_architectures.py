@@ -26,9 +26,9 @@ from slimoe.converter.forward.block import (
     read_expert,
     read_router,
     read_shared,
-    route,
 )
 from slimoe.converter.forward.head import read_head
+from slimoe.converter.forward.routing import route
 from slimoe.converter.forward.stream import Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.layout.layer import is_attention
@@ -60,9 +60,10 @@ from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
 
-ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss", "bailingmoe2")
+ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss", "bailingmoe2", "gemma4")
 """A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases;
-biases of experts, windows and sinks; joined queries, keys and values; latent attention.
+biases of experts, windows and sinks; joined queries, keys and values; norms behind parts, a dense one beside experts,
+and heads of windows.
 """
 LATENT = ("deepseek2", "deepseek2-old", "mistral4")
 RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe")
@@ -75,6 +76,7 @@ def of(path: Path, name: str) -> ModelSource:
     """A model of an architecture; that of queries, keys and values in one has four experts in each of four groups."""
     shape = replace(SHAPE, n_expert=16) if name == "bailingmoe2" else SHAPE
     shape = replace(SHAPE, n_layer=4) if name in RECURRENT else shape
+    shape = replace(SHAPE, n_head=4, n_head_kv=1, n_embd_head=128) if name == "gemma4" else shape
     return gguf_source(write_family(path, name, shape=shape))
 
 
@@ -86,16 +88,48 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
         return dense(norm(h)), {}
     x = router.norm(h)
     routing = route(router, source.spec, x)
+    if source.spec.architecture.name == "gemma4":
+        read = normed(source, layer, "ffn_norm", h)
+        gate, up = (read @ vector(source, layer, f"ffn_{name}").T for name in ("gate", "up"))
+        activated = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        products = {"ffn_gate": gate, "ffn_up": up, "ffn_down": activated @ vector(source, layer, "ffn_down").T}
+        plain = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + source.spec.rms_eps)
+        logits = plain * vector(source, layer, "ffn_gate_inp", "scale") / math.sqrt(source.spec.n_embd)
+        torch.testing.assert_close(routing.logits, logits @ vector(source, layer, "ffn_gate_inp").T)
     weights = torch.zeros_like(routing.logits).scatter(1, routing.selected, routing.weights)
     experts = torch.stack([read_expert(source, layer, expert)(x) for expert in range(source.spec.n_expert)], 1)
     y = (weights[:, :, None] * experts).sum(1)
     shared = read_shared(source, layer)
+    if source.spec.architecture.name == "gemma4":
+        return y, products
     if shared is None:
         return y, {}
     gate, up = shared.expert.gate(x), shared.expert.up(x)
     down = shared.expert.down(torch.nn.functional.silu(gate) * up)
     scale = 1.0 if shared.gate is None else (x @ shared.gate).sigmoid()[:, None]
     return y + scale * down, {"ffn_gate_shexp": gate, "ffn_up_shexp": up, "ffn_down_shexp": down}
+
+
+def vector(source: ModelSource, layer: int, role: str, kind: str = "weight") -> torch.Tensor:
+    return torch.from_numpy(source.read(MatrixKey(f"blk.{layer}.{role}.{kind}")))
+
+
+def normed(source: ModelSource, layer: int, role: str, rows: torch.Tensor) -> torch.Tensor:
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + source.spec.rms_eps) * vector(source, layer, role)
+
+
+def scale_of(source: ModelSource, layer: int) -> torch.Tensor:
+    return vector(source, layer, "layer_output_scale")
+
+
+def joined(
+    source: ModelSource, layer: int, h: torch.Tensor, y: torch.Tensor, others: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The stream behind a layer, of that before its feed-forward part and of what `feed_forward` makes of it."""
+    if source.spec.architecture.name != "gemma4":
+        return h + source.spec.multipliers.residual * y
+    both = normed(source, layer, "post_ffw_norm_1", others["ffn_down"]) + normed(source, layer, "post_ffw_norm_2", y)
+    return scale_of(source, layer) * (h + normed(source, layer, "post_ffw_norm", both))
 
 
 @pytest.mark.parametrize("name", [*ROWS, *LATENT, *RECURRENT])
@@ -106,7 +140,7 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
     head = read_head(source)
     labels = draw_labels(head(run(source, sequences)), torch.Generator().manual_seed(SEED))
     rows = torch.from_numpy(source.read(MatrixKey("token_embd.weight"))[TOKENS]).requires_grad_()
-    h, ys, products = scales.embedding * rows, [], []
+    h, ys, products, updates = scales.embedding * rows, [], [], []
     for layer in range(source.spec.n_layer):
         attention = read_attention(source, layer)
         assert attention is not None
@@ -115,18 +149,25 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
         h = h + seen.update
         y, others = feed_forward(source, layer, h)
         ys.append(y)
+        middle = h
         products.append(others | ({} if is_plain else dict(seen.products)))
-        h = h + scales.residual * y
+        h = joined(source, layer, h, y, others)
+        updates.append((middle, h))
     likelihood = head(h).log_softmax(-1).gather(1, labels[:, None]).sum()
     leaves = [rows, *ys, *(one for some in products for one in some.values())]
-    by_rows, *by_others = torch.autograd.grad(likelihood, leaves)
+    by_rows, *by_others = torch.autograd.grad(likelihood, leaves, retain_graph=True)
+    by_after = torch.autograd.grad(likelihood, [after for _, after in updates])
     n = len(TOKENS)
     np.testing.assert_allclose(measured.token, by_rows.square().sum(0) / n, rtol=1e-3)
     by_products = iter(by_others[source.spec.n_layer :])
     for layer, (y, by_y) in enumerate(zip(ys, by_others, strict=False)):
         found = measured.layers[layer]
         np.testing.assert_allclose(found.update, by_y.square().sum(0) / n, rtol=1e-3)
-        removed = float((by_y * y).detach().sum(1).square().sum()) / (2 * n)
+        along = by_y * y
+        if name == "gemma4":  # The whole part is more than its experts.
+            middle, after = updates[layer]
+            along = by_after[layer] * (after - scale_of(source, layer) * middle)
+        removed = float(along.detach().sum(1).square().sum()) / (2 * n)
         assert measured.removals[layer].ffn == pytest.approx(removed, rel=1e-3)
         for role in products[layer]:
             wanted = next(by_products).square().sum(0) / n
@@ -166,7 +207,8 @@ def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: s
     unread = ("token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight")
     weights = [key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name.endswith(".weight")]
     matrices = {name for name in weights if not name.endswith((*unread, "ssm_conv1d.weight", "shortconv.conv.weight"))}
-    assert known == matrices | {"output.weight"}
+    # Statistics name what reads attention's input, of which Gemma's layers without a window have no values' matrix.
+    assert known - ({"blk.1.attn_v.weight"} if name == "gemma4" else set()) == matrices | {"output.weight"}
 
 
 @pytest.mark.parametrize("name", ["glm4moe", *RECURRENT])
@@ -217,9 +259,13 @@ STOCK = {
     "delta nets": ("qwen35moe", ExpertRecipe(4, merge="m-smoe"), F32),
     "delta nets' types": ("qwen35moe", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
     "short convolutions": ("lfm2moe", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "a dense part beside experts": ("gemma4", ExpertRecipe(6, "reap"), F32),
+    "scales of merged experts": ("gemma4", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "types beside a dense part": ("gemma4", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0")),
 }
 
 
+@pytest.mark.usefixtures("gelu_of_ggml")
 @pytest.mark.parametrize("what", STOCK)
 def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
     name, experts, types = STOCK[what]
@@ -231,7 +277,7 @@ def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, t
     with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, weights="copied"))) as engine:
         np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
     if types is F32:
-        np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
+        np.testing.assert_allclose(in_torch(path), logits(path), atol=4e-3 if name == "gemma4" else 1e-3)
 
 
 NATIVE = {
@@ -253,18 +299,26 @@ NATIVE = {
     "a block with a delta net less": ("qwen35moe", Recipe(drop_blocks=1, types=F32)),
     "no delta net": ("qwen35moe", Recipe(drop_attention=1, types=F32)),
     "short convolutions, merged": ("lfm2moe", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
+    "a dense part beside joined experts": ("gemma4", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
+    "constants beside a dense part": ("gemma4", Recipe(experts=ExpertRecipe(5, replacement="constant"), types=F32)),
+    "narrower beside a dense part": ("gemma4", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
+    "no part that has norms behind it": ("gemma4", Recipe(drop_ffn=1, types=F32)),
+    "no attention before norms": ("gemma4", Recipe(drop_attention=1, types=F32)),
+    "a block of a window less": ("gemma4", Recipe(experts=ExpertRecipe(6), drop_blocks=1, types=F32)),
 }
 
 
+@pytest.mark.usefixtures("gelu_of_ggml")
 @pytest.mark.parametrize("what", NATIVE)
 def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
     name, recipe = NATIVE[what]
     path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
     assert read_gguf(path).metadata["slimoe.base_architecture"] == name
-    np.testing.assert_allclose(in_torch(path), logits(path), atol=1e-3)
+    # ggml looks GELU up: an input that rounds otherwise is a step of F16 away.
+    np.testing.assert_allclose(in_torch(path), logits(path), atol=4e-3 if name == "gemma4" else 1e-3)
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "glm4moe", "gpt-oss"])
+@pytest.mark.parametrize("name", ["qwen2moe", "glm4moe", "gpt-oss", "gemma4"])
 def test_another_order_of_experts_changes_no_bit(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     types = StorageRecipe("Q8_0", low="Q4_0", attention="Q8_0", token="Q8_0", output="Q8_0")
     kept = ExpertRecipe(6, "reap", replacement="constant")
@@ -360,7 +414,7 @@ def test_an_order_that_cannot_be_is_refused(calibrated: Calibrated) -> None:
         parse_recipe('format = "stock"\n[experts]\norder = "co-selection"', SourceSizes(2, 8, 256))
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *LATENT, *RECURRENT])
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", "gemma4", *LATENT, *RECURRENT])
 def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe(candidates=("Q4_0", "Q8_0"))
@@ -375,7 +429,8 @@ def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path
     matrices = [key for key, one in tensors.items() if len(one.ne) > 1 and not any(part in key for part in apart)]
     assert {tensors[key].type.name for key in matrices} <= {"Q4_0", "Q8_0"}
     assert any(key.startswith("blk.1.attn_") for key in matrices)
-    assert any("_shexp" in key for key in matrices) == bool(source.spec.experts.n_ff_shared)
+    has_shared = any("_shexp" in key or key == "blk.1.ffn_down.weight" for key in matrices)
+    assert has_shared == bool(source.spec.experts.n_ff_shared)
     assert {one.type.name for key, one in tensors.items() if "exp_probs_b" in key} <= {"F32"}
     with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
         assert np.isfinite(baseline.score(TOKENS)).all()
@@ -427,7 +482,7 @@ def test_rows_of_a_router_among_those_of_another_group_are_refused(calibrated: C
         write_planned(source, replace(plan, layers=(plan.layers[0], mixed)), tmp_path / "m.gguf", statistics)
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", *LATENT, *RECURRENT])
+@pytest.mark.parametrize("name", ["granitemoe", "glm4moe", "bailingmoe2", "gemma4", *LATENT, *RECURRENT])
 def test_feedback_sees_the_stream_of_the_file_that_it_makes(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     source, statistics = calibrated(name)
     types = StorageRecipe("F16", attention="Q4_0", token="F16", output="F16")

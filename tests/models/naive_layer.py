@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Routing, read_expert
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, final_logits, run
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.methods.expert_drop import Survivors

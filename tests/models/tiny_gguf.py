@@ -570,7 +570,9 @@ def write_family(
         elif "conv" in tensor and dims[-1] < 8:
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 2)
         elif len(dims) == 1:
-            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 8 + 1)
+            # Where nothing divides the products of queries and keys, norms keep them small.
+            size = 0.25 if family.window and "attn_q_norm" in tensor else 1.0
+            writer.add_tensor(tensor, size * (rng.standard_normal(dims, dtype=np.float32) / 8 + 1))
         elif "ffn_gate_inp" in tensor:
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) * 2 * dims[-1] ** -0.5)
         else:

@@ -12,9 +12,8 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
-from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
-from slimoe.offload.errors import SlimoeError, UnsupportedModelError
+from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.machine.measure import kernel_needs
 from slimoe.offload.memory.kv_cache import kv_bytes
@@ -177,8 +176,3 @@ def test_a_tensor_that_no_answer_is_right_without_must_be_there(
     path = write_content(tmp_path / "m.gguf", content.with_values({name: None}))
     with pytest.raises(SlimoeError, match=f"tensor {name} is missing"):
         ModelFile.of(read_gguf(path))
-
-
-def test_conversion_says_that_it_does_not_know_it(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="is run, but not converted"):
-        convert(ConvertOptions(model, tmp_path / "out.gguf", "Q8_0"))

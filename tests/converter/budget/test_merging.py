@@ -14,7 +14,7 @@ from slimoe.converter.budget.merge_checks import check_merge
 from slimoe.converter.budget.merging import OutputSums, fit_down, joining_bytes, joining_seconds, with_joined_neurons
 from slimoe.converter.budget.planned_source import FittedMatrices, PlannedSource
 from slimoe.converter.budget.structure import whole_layer
-from slimoe.converter.forward.block import Routing
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream
 from slimoe.converter.forward.windows import cut_windows
 from slimoe.converter.layout.offsets import lay_out

@@ -43,9 +43,9 @@ def test_a_block_of_compressed_experts() -> None:
     assert_blocks_are_alike(CompressedSource(biased_model(), 1, vectors))
 
 
-@pytest.mark.parametrize("family", ["glm4moe", "gpt-oss", "granitemoe", "qwen3next", "lfm2moe"])
+@pytest.mark.parametrize("family", ["glm4moe", "gpt-oss", "granitemoe", "qwen3next", "lfm2moe", "gemma4"])
 def test_blocks_of_other_architectures(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
-    """Dense layers and shared experts, biases and sinks, multipliers."""
+    """Dense layers and shared experts, biases and sinks, multipliers, norms behind parts."""
     path = tmp_path_factory.mktemp(family) / "m.gguf"
     assert_blocks_are_alike(gguf_source(write_family(path, family, shape=FineShape(n_layer=2, n_expert=8))))
 

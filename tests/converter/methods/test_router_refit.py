@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Router
 from slimoe.converter.forward.norms import Norm
+from slimoe.converter.forward.routing import Router
 from slimoe.converter.methods.router_refit import RefitSpec, refit
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.architectures import LLAMA

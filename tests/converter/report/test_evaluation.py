@@ -10,8 +10,8 @@ import transformers
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Routing
 from slimoe.converter.forward.head import Head, read_head
+from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.layout.plan import CompressPlan, LayerPlan
