@@ -79,7 +79,7 @@ class Conversion:
         problem = None if spec.is_native else llamacpp_problem(spec)
         return (
             *([f"{problem} slimoe does."] if problem else ()),
-            *left_out(self.source.spec),
+            *left_out(self.source),
             *told,
             *unfit_notes(self.matrices, len(self.layout.tensors)),
         )

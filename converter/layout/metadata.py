@@ -13,6 +13,7 @@ from slimoe.converter.gguf.late_keys import room_for_late_keys
 from slimoe.converter.layout.layer import Matrix, layer_shape, native_layer
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import ModelSource
+from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
@@ -49,11 +50,12 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
     return None
 
 
-def left_out(spec: ModelSpec) -> tuple[str, ...]:
+def left_out(source: ModelSource) -> tuple[str, ...]:
     """Notes about what files made of a model lack, or compute otherwise; none where that is nothing."""
-    n_nextn, difference = spec.n_layer_nextn, spec.architecture.difference
+    n_nextn, difference = source.spec.n_layer_nextn, source.spec.architecture.difference
     blocks = f"What predicts further tokens (MTP, {n_nextn} of the blocks) is left out: nothing runs it."
-    return (*([blocks] if n_nextn else ()), *([difference] if difference else ()))
+    own = source.notes if isinstance(source, StoredModel) else ()
+    return (*([blocks] if n_nextn else ()), *own, *([difference] if difference else ()))
 
 
 def carried_metadata(source: ModelSource) -> dict[str, Value]:

@@ -28,7 +28,7 @@ from slimoe.converter.source.families import (
 )
 from slimoe.converter.source.families.config import ConfigClass, ModelConfig
 from slimoe.converter.source.families.family import Family
-from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec
+from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec, skipped_prefixes
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer
 from slimoe.converter.source.rotation import read_rotation
 from slimoe.converter.source.stored_model import StoredModel
@@ -43,6 +43,12 @@ _FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, 
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 
+_IMAGES = ".visual."
+_LEFT_OUT = {
+    False: "What predicts further tokens (MTP) is left out: nothing runs it.",
+    True: "What reads images is left out: the language model is what is converted.",
+}
+"""What is told of tensors that are not read, by whether they are an image encoder's."""
 _LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n")
 """The licence that a model card names in its front matter."""
 
@@ -78,7 +84,12 @@ def checkpoint_source(path: Path) -> StoredModel:
         metadata["general.license"] = licence[1]
     metadata |= {key: value for key, value in checkpoint.provenance.items() if key in keys.CARRIED}
     metadata |= tokenizer_metadata(path, spec.n_vocab, family.token_ids)
-    return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices)
+    skipped = skipped_prefixes(family, config)
+    unread = [name for name in checkpoint.tensors if name.startswith(skipped)] if skipped else []
+    left_out = tuple(
+        note for is_image, note in _LEFT_OUT.items() if any((_IMAGES in one) is is_image for one in unread)
+    )
+    return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices, left_out)
 
 
 def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:

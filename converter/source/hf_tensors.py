@@ -115,12 +115,17 @@ def checkpoint_matrices(
     return found
 
 
+def skipped_prefixes(family: Family, config: ModelConfig) -> tuple[str, ...]:
+    """How the names of tensors begin that are not read: of what predicts further tokens, or has to do with images."""
+    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
+    return (*family.skipped, *nextn)
+
+
 def kept_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, StoredMatrix]:
     """The stored tensors that count, by the names that they have in a language model that is the whole: without what
     predicts further tokens, and without an output matrix where the token table is it. Raises as `stored_matrices` does.
     """
-    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
-    skipped = (*family.skipped, *nextn)
+    skipped = skipped_prefixes(family, config)
     if config.tie_word_embeddings:
         skipped += ("lm_head.weight",)
     found = {name.replace(family.prefix, "model.", 1): one for name, one in stored_matrices(checkpoint).items()}

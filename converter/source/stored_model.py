@@ -19,7 +19,10 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A ModelSource, and for converters the rows behind each matrix, which are put in the order of use."""
+    """A ModelSource, and for converters the rows behind each matrix, which are put in the order of use.
+
+    `notes` are sentences on what else the files have, which is not read.
+    """
 
     path: Path
     spec: ModelSpec
@@ -27,6 +30,7 @@ class StoredModel:
     metadata: Mapping[str, Value]
     layers: Sequence[SourceLayer]
     matrices: Mapping[MatrixKey, StoredMatrix]
+    notes: tuple[str, ...] = ()
     shapes: Mapping[MatrixKey, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -118,7 +118,7 @@ def _plan(values: Mapping[str, Any], options: CompressOptions, n_threads: int) -
         tell(line)
     if joining:
         tell(f"Choosing the neurons of merged experts takes about {duration(joining)} of that.")
-    for note in (*left_out(work.source.spec), *(notes(work.source.metadata) if work.plan.format == "stock" else ())):
+    for note in (*left_out(work.source), *(notes(work.source.metadata) if work.plan.format == "stock" else ())):
         tell(note)
     if about_feedback and (plain + taken > LONG_SECONDS or work.plan.fitted is not None):
         tell(f"{about_feedback}; with --no-feedback it would be about {duration(plain)}.")

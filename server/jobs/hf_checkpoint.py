@@ -134,7 +134,7 @@ def plan_checkpoint(model: Path, options: CompressOptions, n_bits: int) -> Check
     with step_bar(tell_planning(source, statistics, recipe, usable_processors())) as on_progress:
         plan = plan_removal(source, statistics, recipe, on_progress, is_open=True)
     made = lay_out_checkpoint(source, plan, statistics, n_bits=n_bits)
-    for note in left_out(source.spec):
+    for note in left_out(source):
         tell(note)
     return CheckpointWork(source, statistics, plan, made)
 

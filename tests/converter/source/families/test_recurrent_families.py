@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from slimoe.converter.convert import ConvertOptions, plan
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.model_source import Blocks
 from slimoe.converter.source.open_source import open_source
@@ -92,6 +93,11 @@ def test_an_image_encoder_and_what_predicts_further_tokens_are_told_apart(tmp_pa
     assert weights["MTP blocks"] == 128
     encoder = [one.numel() for key, one in load_file(source / "model.safetensors").items() if ".visual." in key]
     assert weights["image encoder"] == sum(encoder)
+    notes = plan(ConvertOptions(source, tmp_path / "m.gguf", "F16")).notes
+    assert notes[:2] == (
+        "What predicts further tokens (MTP) is left out: nothing runs it.",
+        "What reads images is left out: the language model is what is converted.",
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
