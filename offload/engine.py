@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -19,10 +20,14 @@ from slimoe.offload.errors import (
     UsageError,
 )
 from slimoe.offload.experts.device_experts import DeviceExperts
+from slimoe.offload.gguf.identity import model_hash
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.loaded_model import LoadedModel, carried_anew
 from slimoe.offload.memory.cells import Cells, common_prefix
+from slimoe.offload.memory.prompt_cache import PromptCache
+from slimoe.offload.memory.prompt_folder import PromptFolder
+from slimoe.offload.memory.prompt_record import RecordForm
 from slimoe.offload.model.number_check import check_numbers
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
@@ -31,6 +36,7 @@ from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
+from slimoe.offload.printable import say
 from slimoe.offload.requests.drafting import Drafting, StepTimes, draft_mode
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
@@ -43,6 +49,7 @@ from slimoe.offload.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 _CLOCKS = ("cpu_seconds", "device_seconds")
+_TIDY_SECONDS = 0.01
 
 
 class Engine:
@@ -57,6 +64,7 @@ class Engine:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
         self.cells = Cells(plan.n_cells, plan.n_states)
+        self._identity = cache(lambda: model_hash(plan.gguf))
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
         self._past: Counter[str] = Counter()
@@ -73,12 +81,14 @@ class Engine:
             opened.callback(self._carried.kv.close)
             self._model = LoadedModel(config, plan, on_progress, self._carried)
             opened.callback(lambda: self._model.close())
-            told = self.memory, self.counters, self._observer.begin
+            told = self.memory, self._tier_counters, self._observer.begin
             watched = self._exchange, self._observer.expected_ms
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars, *watched)
             self._drafting, self._draft_notes = self._open_drafting()
-            self._scheduler = Scheduler(self.cells, self._compute, plan.n_parallel, plan.n_batch, self._drafting)
-            self.slots = Slots(plan.gguf, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx)
+            self._prompts = self._open_prompts(opened)
+            reading = plan.n_parallel, plan.n_batch
+            self._scheduler = Scheduler(self.cells, self._compute, *reading, self._drafting, self._prompts)
+            self.slots = Slots(self._identity, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx, self._prompts)
             self._opened = opened.pop_all()
 
     @classmethod
@@ -123,6 +133,19 @@ class Engine:
         if problem is not None:
             return Drafting(), (f"No tokens are drafted (--draft {mode}): {problem}.",)
         return Drafting(mode, StepTimes(self._observer.expected_step_ms)), ()
+
+    def _open_prompts(self, opened: ExitStack) -> PromptCache | None:
+        """What is kept of prompts on disk, if anything is."""
+        config, loss = self.config.prompts, self.config.loss
+        if config.prompt_cache is None:
+            return None
+        folder = PromptFolder(config.prompt_cache, config.prompt_cache_size, say)
+        frequencies = self.plan.sources.rope_freqs
+        settings = f"{loss.lossy} {loss.max_kl} {frequencies and frequencies.name}"
+        form = RecordForm.of(self._identity(), settings, self._carried.kv)
+        prompts = PromptCache(folder, form, self.cells, self._carried.kv, say)
+        opened.callback(prompts.close)
+        return prompts
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -202,7 +225,10 @@ class Engine:
 
     def _answer(self, job: Generator) -> Iterator[Event]:
         assert self._scheduler.is_idle, "requests are being answered"
-        self.truncate(self.common_prefix(job.shareable))
+        n_kept = self.common_prefix(job.shareable)
+        if self._prompts is not None and n_kept < self.n_past:
+            self._prompts.rescue(self._own)
+        self.truncate(n_kept)
         self._scheduler.submit(job, self._own)
         try:
             while not job.is_over:
@@ -236,11 +262,18 @@ class Engine:
 
     def step(self) -> list[Outcome]:
         """Computes one step for all requests and returns their events; a request ends with `Finished` or `Failed`."""
+        begin = time.perf_counter()
         with self._observer.timed():
             before = self._drafting.n_accepted
             outcomes = self._scheduler.step()
             self._observer.accept(self._drafting.n_accepted - before)
-            return outcomes
+        if self._prompts is not None:
+            self._prompts.step_done(time.perf_counter() - begin)
+        return outcomes
+
+    def tidy(self) -> bool:
+        """Does a little of what can wait until there is no request to answer; whether more of it is left."""
+        return self._prompts is not None and self._prompts.tidy(_TIDY_SECONDS)
 
     def _compute(self, batch: Batch, is_cancelled: Callable[[], bool] | None) -> Logits:
         self._observer.note(batch)
@@ -302,7 +335,13 @@ class Engine:
                 self._changing.release()
 
     def counters(self) -> dict[str, float]:
-        """Running totals of the tiers since the model was first opened, by name; empty if it was always resident."""
+        """Running totals of the tiers and of prompts on disk since the model was first opened, by name.
+
+        Those of tiers are not there if it was always resident.
+        """
+        return self._tier_counters() | (self._prompts.counters() if self._prompts else {})
+
+    def _tier_counters(self) -> dict[str, float]:
         past = {name: n for name, n in self._past.items() if not name.startswith(_CLOCKS)}
         return _summed(past, self._model.counters())
 

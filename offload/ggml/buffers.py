@@ -89,6 +89,18 @@ def ggml_backend_tensor_get(tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size)
 
 
 @c_function(_BASE)
+def ggml_backend_tensor_set_2d(
+    tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size, n_copies: Size, tensor_stride: Size, data_stride: Size
+) -> None: ...
+
+
+@c_function(_BASE)
+def ggml_backend_tensor_get_2d(
+    tensor: Ptr, data: Ptr, offset: Size, n_bytes: Size, n_copies: Size, tensor_stride: Size, data_stride: Size
+) -> None: ...
+
+
+@c_function(_BASE)
 def ggml_backend_cpu_buffer_type() -> Ptr: ...
 
 

@@ -4,7 +4,7 @@ Sequences share what they have in common. A state cannot be cut as a row of cell
 place, and a sequence goes on only from a place of which it has one.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,19 @@ class Sequence:
         *before, after = sorted(self._states)
         return ((self._states[before[-1]] if before else NO_TOKENS, self._states[after]),)
 
+    @property
+    def places(self) -> list[int]:
+        """After how many tokens there is a state that others may go on from, with the last one."""
+        return sorted(place for place in self._states if place in self._kept or place == self._n)
+
+    def has_state(self, place: int) -> bool:
+        """Whether there is a state after the first `place` tokens."""
+        return place in self._states
+
+    def state_at(self, place: int) -> int:
+        """The state after the first `place` tokens, which there must be."""
+        return self._states[place]
+
     def _append(self, tokens: Tokens, cells: Indices) -> None:
         end = self._n + len(tokens)
         if end > len(self._tokens):
@@ -85,6 +98,8 @@ class Cells:
         """I32 [n_cells]: sequences in use or remembered that hold each cell; a cell is free at 0."""
         self._live: dict[Sequence, None] = {}
         self._remembered: dict[Sequence, None] = {}
+        self.before_loss: Callable[[Sequence], None] = lambda sequence: None
+        """Called before a sequence loses cells or states to others."""
 
     @property
     def has_states(self) -> bool:
@@ -115,6 +130,7 @@ class Cells:
         cells = self._free(len(added))
         while len(cells) < len(added) and self._remembered:
             oldest = next(iter(self._remembered))
+            self.before_loss(oldest)
             self._cut(oldest, max(0, len(oldest) - (len(added) - len(cells))))
             if not len(oldest):
                 del self._remembered[oldest]
@@ -157,6 +173,18 @@ class Cells:
         self._cut(sequence, 0)
         sequence._append(wanted[:n_known], cells)
         self._share_states(known, sequence)
+
+    def holder(self, tokens: Tokens, *, has_state: bool) -> Sequence | None:
+        """A sequence, in use or remembered, that begins with these tokens, and with `has_state` has the state after."""
+        for sequence in (*self._live, *self._remembered):
+            is_known = common_prefix(sequence.tokens, tokens) == len(tokens)
+            if is_known and (not has_state or sequence.has_state(len(tokens))):
+                return sequence
+        return None
+
+    def n_known(self, tokens: Tokens) -> int:
+        """How many of these tokens, from the first on, some sequence in use or remembered begins with."""
+        return max((common_prefix(one.tokens, tokens) for one in (*self._live, *self._remembered)), default=0)
 
     def remember(self, sequence: Sequence) -> None:
         """Ends the use of a sequence, which stays known until its cells are needed."""
@@ -244,6 +272,7 @@ class Cells:
         """The number of a state that nobody uses, for which sequences lose kept ones, the oldest first."""
         for sequence, places in self._droppable():
             while places and 0 not in self._n_state_users[NO_TOKENS + 1 :]:
+                self.before_loss(sequence)
                 self._drop_state(sequence, places.pop(0))
                 if not sequence._states and sequence in self._remembered:
                     self._forget(sequence)

@@ -70,6 +70,14 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptConfig:
+    """The folder in which keys and values of prompts are kept, None for none, and how many bytes of them at most."""
+
+    prompt_cache: Path | None = None
+    prompt_cache_size: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How to open a model; None means that the engine decides. `trace` is the file to record routing to.
 
@@ -84,6 +92,7 @@ class EngineConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     devices: DeviceConfig = field(default_factory=DeviceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
 
     @property
     def is_budgeted(self) -> bool:
@@ -91,7 +100,13 @@ class EngineConfig:
         return self.memory.ram is not None or bool(self.devices.vram)
 
 
-_GROUPS = {"context": ContextConfig, "memory": MemoryConfig, "devices": DeviceConfig, "loss": LossConfig}
+_GROUPS = {
+    "context": ContextConfig,
+    "memory": MemoryConfig,
+    "devices": DeviceConfig,
+    "loss": LossConfig,
+    "prompts": PromptConfig,
+}
 
 
 def setting_names() -> list[str]:

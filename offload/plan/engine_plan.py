@@ -16,6 +16,7 @@ from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.memory.kv_cache import CELL_STEP, kv_bytes, kv_type, state_bytes, state_count
+from slimoe.offload.memory.prompt_record import held_bytes
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.regrouped import without_experts
@@ -191,10 +192,12 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     n_states = state_count(spec, context.n_parallel)
     kv = kv_bytes(spec, n_cells, kv_type(context.kv_type)) + n_states * state_bytes(spec)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
+    records = held_bytes(spec, kv_type(context.kv_type)) if config.prompts.prompt_cache else 0
+    own = model.program + memory.reserve_bytes + records
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in _batch_sizes(n_batch, context.n_parallel):
-        program = model.program + memory.reserve_bytes + request_bytes(spec, fewer, context.n_parallel)
+        program = own + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
         weight_forms = choose_weight_forms(
             sources, spec, memory.weights, model.speeds, needs, budget.ram, has_second=has_second
@@ -222,11 +225,10 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         machine=machine,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
-    program = model.program + memory.reserve_bytes
-    decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, program)
+    decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, own)
     if decided.shortfall is None or not decided.driver_bytes or not config.devices.is_automatic:
         return decided
-    alone = _within_budget(config, plan, (), program)
+    alone = _within_budget(config, plan, (), own)
     if alone.shortfall is not None:
         return decided
     drivers = (f"{one.device.name}, whose driver takes {human(one.device.driver.total)}" for one in decided.devices)

@@ -18,6 +18,7 @@ from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Cells, Sequence
+from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.requests.drafting import MOST_DRAFTED, Drafting
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.text.generation import Failed, Outcome
@@ -52,14 +53,21 @@ class Scheduler:
     """Requests in turn: at most `n_parallel` are active, the others wait in order.
 
     A request becomes active once there are cells for all tokens that the active requests and it may come to; so none
-    gets stuck half-way. `compute` runs one step of at most `n_batch` tokens.
+    gets stuck half-way. `compute` runs one step of at most `n_batch` tokens. What
+    `prompts` have on disk is read in place of being computed.
     """
 
     def __init__(
-        self, cells: Cells, compute: Compute, n_parallel: int, n_batch: int, drafting: Drafting | None = None
+        self,
+        cells: Cells,
+        compute: Compute,
+        n_parallel: int,
+        n_batch: int,
+        drafting: Drafting | None = None,
+        prompts: PromptCache | None = None,
     ) -> None:
         assert 1 <= n_parallel <= n_batch
-        self._drafting = drafting or Drafting()
+        self._drafting, self._prompts = drafting or Drafting(), prompts
         assert not (self._drafting.is_wanted and cells.has_states), "states cannot be cut as cells can"
         self._cells, self._compute = cells, compute
         self._n_parallel, self._n_batch = n_parallel, n_batch
@@ -144,6 +152,8 @@ class Scheduler:
         assert reading.sequence is not None
         self._cells.adopt(reading.sequence, reading.shareable)
         reading.skip(len(reading.sequence))
+        if not self._load(reading, is_alone=not writing):
+            return parts
         room = self._n_batch - len(parts)
         if writing:
             room = min(room, max(1, self._n_batch // _PROMPT_SHARE))
@@ -159,6 +169,15 @@ class Scheduler:
             part._replace(tokens=part.tokens + draft.tokens, is_drafted=bool(draft.tokens))
             for part, draft in zip(parts, chosen, strict=True)
         ]
+
+    def _load(self, reading: Generator, *, is_alone: bool) -> bool:
+        """Reads what is on disk of a prompt, or a part of it; whether the rest is to be computed."""
+        if self._prompts is None:
+            return True
+        assert reading.sequence is not None
+        is_done = self._prompts.load(reading.sequence, reading.shareable, reading.is_cancelled, is_alone=is_alone)
+        reading.skip(len(reading.sequence))
+        return is_done
 
     def _n_to_state(self, reading: Generator) -> int:
         """Tokens up to the last place before a prompt's end where its state is kept; 0 behind that."""
@@ -195,6 +214,8 @@ class Scheduler:
             return [self._fail(part.job, error) for part in parts]
         if is_timed:
             self._drafting.times.note(batch.n_tokens, batch.n_kv, time.perf_counter() - begin)
+        elif self._prompts is not None:
+            self._prompts.computed(batch.n_tokens, time.perf_counter() - begin)
         outcomes = []
         row = len(logits) - sum(n_rows)
         for part, n in zip(parts, n_rows, strict=True):
@@ -207,6 +228,7 @@ class Scheduler:
         try:
             if job.is_reading:
                 self._cells.keep(part.sequence)
+                self._note(job)
             events = job.take(part.tokens, logits)
         except Exception as error:
             return [self._fail(job, error)]
@@ -236,10 +258,16 @@ class Scheduler:
         assert job.sequence is not None
         job.is_over = True
         job.release()
+        self._note(job, is_done=True)
         if job in self._borrowers:
             self._borrowers.remove(job)
         else:
             self._cells.remember(job.sequence)
+
+    def _note(self, job: Generator, *, is_done: bool = False) -> None:
+        """Lets be kept on disk what was computed, unless it was only to be scored."""
+        if self._prompts is not None and job.sequence is not None and job.shareable:
+            self._prompts.note(job.sequence, is_done=is_done)
 
 
 def _part(job: Generator, n_most: int) -> _Part:

@@ -5,6 +5,7 @@ by head, and a sha256 of all that. It is read to its end before anything of it i
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -15,15 +16,21 @@ import numpy as np
 from slimoe.offload.errors import UsageError
 from slimoe.offload.files.regular_file import open_regular, reason
 from slimoe.offload.files.whole_file import whole_file
-from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.memory.cells import Indices, Tokens
+from slimoe.offload.memory.contents import (
+    read_rows,
+    read_state,
+    row_shape,
+    state_bytes_of,
+    write_rows,
+    write_state,
+)
 from slimoe.offload.memory.kv_store import KVStore
 
 MAGIC = b"SLIMOEKV1\n"
 _LENGTH_BYTES, _HASH_BYTES, _MAX_HEAD_BYTES = 4, 32, 1 << 16
-_PIECE_BYTES, _SAMPLE_BYTES = 1 << 20, 4096
+_PIECE_BYTES = 1 << 20
 
 
 class SlotFileError(UsageError):
@@ -67,21 +74,6 @@ class SlotPlace(NamedTuple):
     state: int = 0
 
 
-def model_hash(gguf: GGUFFile) -> str:
-    """A sha256 by which models differ: their settings, the list of their tensors, and the beginning of each tensor."""
-    digest = hashlib.sha256(repr({k: v for k, v in gguf.metadata.items() if not isinstance(v, list)}).encode())
-    files = [open_regular(path) for path in gguf.paths]
-    try:
-        for name, tensor in sorted(gguf.tensors.items()):
-            digest.update(f"{name} {tensor.type} {tensor.ne} {tensor.n_bytes}".encode())
-            files[tensor.shard].seek(tensor.offset)
-            digest.update(files[tensor.shard].read(min(_SAMPLE_BYTES, tensor.n_bytes)))
-    finally:
-        for file in files:
-            file.close()
-    return digest.hexdigest()
-
-
 def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     """The head of a file of so many tokens in this model's cache."""
     tensors = store.tensors()
@@ -90,7 +82,7 @@ def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     row_bytes, value_bytes = (int(shapes[:2][place].nb[1]) if shapes else 0 for place in (0, -1))
     if value_bytes == row_bytes:
         value_bytes = 0
-    state_bytes = sum(_state_bytes(store, tensor) for tensor in store.state_tensors())
+    state_bytes = sum(state_bytes_of(store, tensor) for tensor in store.state_tensors())
     head = SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
     cell_bytes = sum(int(shape.ne[2] * shape.nb[1]) for shape in shapes)
     return head if cell_bytes == head.even_bytes else msgspec.structs.replace(head, cell_bytes=cell_bytes)
@@ -105,7 +97,7 @@ def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, place: Sl
     n_bytes, digest = 0, hashlib.sha256()
     with whole_file(path) as part, part.open("wb") as file:
         pieces = (MAGIC, len(head).to_bytes(_LENGTH_BYTES, "big"), head, tokens.astype("<i4").tobytes())
-        for piece in (*pieces, *_heads(store, place.cells), *_states(store, place.state)):
+        for piece in itertools.chain(pieces, _content(store, place)):
             digest.update(piece)
             n_bytes += file.write(piece)
         n_bytes += file.write(digest.digest())
@@ -125,10 +117,14 @@ def read_slot(
             tokens, n_bytes = _checked(path, file, model, store, n_most)
             place = find_place(tokens)
             file.seek(n_bytes - _HASH_BYTES - slot_head(model, store, len(tokens)).n_bytes + 4 * len(tokens))
-            _fill(store, place.cells, file)
+            for tensor in store.tensors():
+                n_heads, row_bytes = row_shape(tensor)
+                for head in range(n_heads):
+                    rows = np.frombuffer(file.read(len(tokens) * row_bytes), np.uint8)
+                    write_rows(tensor, place.cells, range(head, head + 1), rows.reshape(1, -1, row_bytes))
             for tensor in store.state_tensors():
-                row = np.frombuffer(file.read(_state_bytes(store, tensor)), np.uint8)
-                ggml_backend.ggml_backend_tensor_set(tensor, row.ctypes.data, place.state * row.nbytes, row.nbytes)
+                state = np.frombuffer(file.read(state_bytes_of(store, tensor)), np.uint8)
+                write_state(store, tensor, place.state, state)
     except OSError as error:
         raise SlotFileError(f"{path.name} cannot be read: {reason(error)}.") from None
     return tokens, n_bytes
@@ -166,39 +162,10 @@ def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int
     return np.frombuffer(raw, "<i4").astype(np.int32), file.tell()
 
 
-def _heads(store: KVStore, cells: Indices) -> Iterator[bytes]:
-    """The rows of these cells, a head at a time, of keys and values of each layer."""
-    first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
+def _content(store: KVStore, place: SlotPlace) -> Iterator[bytes]:
+    """The keys and values of the tokens, and what recurrent layers keep of them."""
     for tensor in store.tensors():
-        shape = ggml.tensor_at(tensor)
-        span = np.empty((n_span, int(shape.nb[1])), np.uint8)
-        for head in range(int(shape.ne[2])):
-            begin = head * int(shape.nb[2]) + first * int(shape.nb[1])
-            ggml_backend.ggml_backend_tensor_get(tensor, span.ctypes.data, begin, span.nbytes)
-            yield span[cells - first].tobytes()
-
-
-def _states(store: KVStore, state: int) -> Iterator[bytes]:
-    """What each recurrent layer keeps in one state."""
+        for head in range(row_shape(tensor)[0]):
+            yield read_rows(tensor, place.cells, range(head, head + 1)).tobytes()
     for tensor in store.state_tensors():
-        row = np.empty(_state_bytes(store, tensor), np.uint8)
-        ggml_backend.ggml_backend_tensor_get(tensor, row.ctypes.data, state * row.nbytes, row.nbytes)
-        yield row.tobytes()
-
-
-def _state_bytes(store: KVStore, tensor: int) -> int:
-    return int(ggml.ggml_nbytes(tensor)) // store.n_states
-
-
-def _fill(store: KVStore, cells: Indices, file: BinaryIO) -> None:
-    """The reverse of `_heads`."""
-    first, n_span = int(cells.min()), int(cells.max()) - int(cells.min()) + 1
-    for tensor in store.tensors():
-        shape = ggml.tensor_at(tensor)
-        row_bytes = int(shape.nb[1])
-        span = np.empty((n_span, row_bytes), np.uint8)
-        for head in range(int(shape.ne[2])):
-            begin = head * int(shape.nb[2]) + first * row_bytes
-            ggml_backend.ggml_backend_tensor_get(tensor, span.ctypes.data, begin, span.nbytes)
-            span[cells - first] = np.frombuffer(file.read(len(cells) * row_bytes), np.uint8).reshape(-1, row_bytes)
-            ggml_backend.ggml_backend_tensor_set(tensor, span.ctypes.data, begin, span.nbytes)
+        yield read_state(store, tensor, place.state).tobytes()

@@ -4,7 +4,7 @@ The KV cache itself knows no slots, but sequences of tokens that share what they
 that a request asked for, or the lowest that was free, and stands for the tokens of the last request that had it.
 """
 
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from slimoe.offload.errors import UsageError
-from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.memory.cells import Cells, Sequence, Tokens
 from slimoe.offload.memory.kv_store import KVStore
+from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.requests.request import Generator
-from slimoe.offload.requests.slot_file import SlotPlace, model_hash, read_slot, write_slot
+from slimoe.offload.requests.slot_file import SlotPlace, read_slot, write_slot
 
 SlotAction = Literal["save", "restore", "erase"]
 
@@ -32,15 +32,20 @@ class SlotChange(NamedTuple):
 class Slots:
     """The last tokens of each of `n_slots` slots, whose keys and values may be in the cells still."""
 
-    def __init__(self, gguf: GGUFFile, cells: Cells, kv: KVStore, n_slots: int, n_ctx: int) -> None:
-        self._gguf, self._cells, self._kv = gguf, cells, kv
+    def __init__(
+        self,
+        identity: Callable[[], str],
+        cells: Cells,
+        kv: KVStore,
+        n_slots: int,
+        n_ctx: int,
+        prompts: PromptCache | None = None,
+    ) -> None:
+        """`identity` gives the model's hash; with `prompts` a conversation that is erased is also erased on disk."""
+        self._identity, self._cells, self._kv, self._prompts = identity, cells, kv, prompts
         self.n_slots, self._n_ctx = n_slots, n_ctx
         self._jobs: dict[int, Generator] = {}
         self._tokens: dict[int, Tokens] = {}
-
-    @cached_property
-    def _model(self) -> str:
-        return model_hash(self._gguf)
 
     def enter(self, job: Generator) -> None:
         """Gives a request its slot: the one that it asks for, or the lowest in which none is answered."""
@@ -71,7 +76,7 @@ class Slots:
             self._cells.adopt(sequence, self.tokens(slot))
             if not len(sequence):
                 raise UsageError(f"There is nothing to save in slot {slot}: nothing was answered in it, or no longer.")
-            n_bytes = write_slot(path, self._model, self._kv, sequence.tokens, _place(sequence))
+            n_bytes = write_slot(path, self._identity(), self._kv, sequence.tokens, _place(sequence))
             return SlotChange(len(sequence), n_bytes, perf_counter() - begin)
         finally:
             self._cells.remember(sequence)
@@ -89,7 +94,7 @@ class Slots:
             return _place(sequence)
 
         try:
-            tokens, n_bytes = read_slot(path, self._model, self._kv, self._n_ctx, find_place)
+            tokens, n_bytes = read_slot(path, self._identity(), self._kv, self._n_ctx, find_place)
         except BaseException:
             self._cells.truncate(sequence, 0)
             raise
@@ -104,6 +109,8 @@ class Slots:
         self._check_free(slot)
         tokens = self.tokens(slot)
         self._cells.discard(tokens)
+        if self._prompts is not None:
+            self._prompts.forget(tokens)
         self._jobs.pop(slot, None)
         self._tokens.pop(slot, None)
         return SlotChange(len(tokens), 0, perf_counter() - begin)

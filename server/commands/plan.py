@@ -20,6 +20,7 @@ from slimoe.server.jobs.local_engine import say_notes
 from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options, hf_bits_flag
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags, engine_settings
 from slimoe.server.options.installed import CONVERTERS, check_installed
+from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.telling import tell
 from slimoe.server.terminal.plan_report import PlanReport
@@ -34,6 +35,7 @@ class _UnmeasuredError(SlimoeError):
 
 @click.command("plan", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
 @engine_flags
+@prompt_cache_flags
 @compress_flags
 @click.option(
     "-t", "--type", "type_name", help="Type of the weights as for slimoe convert, where no target size chooses types."

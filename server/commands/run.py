@@ -18,6 +18,7 @@ from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt, Turn
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.form_options import form_flags, form_of
+from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.options.template_option import template_flag
@@ -58,6 +59,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 
 @click.command("run", cls=OptionsCommand)
 @engine_flags
+@prompt_cache_flags
 @click.option("-p", "--prompt", help="Text to continue; - reads it from standard input.")
 @click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
 @template_flag

@@ -12,7 +12,9 @@ import click
 import msgspec
 
 from slimoe.offload.errors import UsageError
+from slimoe.offload.files.private_folder import make_private
 from slimoe.offload.files.regular_file import read_regular, reason
+from slimoe.offload.plan.engine_config import changed
 from slimoe.offload.resources.duration import parse_duration
 from slimoe.server.api.request_body import Defaults
 from slimoe.server.app import AppConfig
@@ -23,6 +25,7 @@ from slimoe.server.messages import ModelInfo
 from slimoe.server.offer import Offer
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.installed import version_of
+from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.options.template_option import template_flag
@@ -75,6 +78,7 @@ class Duration(click.ParamType[float | None]):
 
 @click.command("serve", cls=OptionsCommand)
 @engine_flags
+@prompt_cache_flags
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes any."
@@ -180,6 +184,9 @@ def command(values: Mapping[str, Any]) -> None:
     # Named so that the engine's process finds the files wherever it runs.
     path, trace = engine.model.absolute(), None if engine.trace is None else engine.trace.absolute()
     engine = replace(engine, model=path, trace=trace)
+    if (prompts := engine.prompts.prompt_cache) is not None:
+        make_private(prompts, "--prompt-cache")
+        engine = changed(engine, {"prompt_cache": prompts.absolute()})
     options = msgspec.convert(dict(values), ServeOptions)
     rules = AccessRules(
         _key(options),

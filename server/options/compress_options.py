@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from slimoe.offload.resources.duration import parse_minutes
-from slimoe.offload.resources.memory import parse_bytes
-from slimoe.server.options.flag_group import BareType, flag_group
+from slimoe.server.options.flag_group import BareType, SizeType, flag_group
 
 Tables = dict[str, Any]
 
@@ -144,19 +143,6 @@ class AmountType(click.ParamType[int | str]):
         if not _AMOUNT.fullmatch(text):
             self.fail(f"{value!r} is neither a number nor a percentage like 25%.", param, ctx)
         return text if text.endswith("%") else int(text)
-
-
-class SizeType(click.ParamType[int]):
-    """A number of bytes as people write it, such as 12GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Gives the number of bytes."""
-        n_bytes = parse_bytes(str(value))
-        if not n_bytes:
-            self.fail(f"{value!r} is no size. Write one like 12GiB or 500MB.", param, ctx)
-        return n_bytes
 
 
 def _only_one(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> str | None:

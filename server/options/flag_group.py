@@ -6,6 +6,8 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from slimoe.offload.resources.memory import parse_bytes
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -17,6 +19,19 @@ class BareType(click.ParamType[bool | str]):
     def takes(self, text: str) -> bool:
         """Whether the text is the flag's value."""
         raise NotImplementedError
+
+
+class SizeType(click.ParamType[int]):
+    """A number of bytes as people write it, such as 12GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Gives the number of bytes."""
+        n_bytes = parse_bytes(str(value))
+        if not n_bytes:
+            self.fail(f"{value!r} is no size. Write one like 12GiB or 500MB.", param, ctx)
+        return n_bytes
 
 
 def with_bare_values(command: click.Command, args: Sequence[str]) -> list[str]:

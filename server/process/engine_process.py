@@ -58,6 +58,9 @@ class ServedEngine(OpenModel, Protocol):
     def step(self) -> list[Outcome]:
         """Computes one step of all running requests and returns what came of each."""
 
+    def tidy(self) -> bool:
+        """Does a little, for some hundredths of a second at most, of what can wait; whether more of it is left."""
+
     def snapshot(self) -> Snapshot:
         """What the engine holds and does; may be called from any thread."""
 
@@ -220,6 +223,8 @@ class EngineProcess:
                 self._carry_out(engine, self._orders.get())
             if engine.is_idle:
                 self._heartbeat.rest()
+                while self._waiting.empty() and engine.tidy():
+                    pass
                 self._start(engine, prompts, self._waiting.get())
                 continue
             while len(self._running) < self._n_parallel and not self._waiting.empty():

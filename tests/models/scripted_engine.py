@@ -131,6 +131,9 @@ class ScriptedEngine:
     def check_files(self) -> None:
         pass
 
+    def tidy(self) -> bool:
+        return False
+
     @property
     def is_idle(self) -> bool:
         return not self._answers

@@ -1,5 +1,6 @@
 """Every flag of the engine reaches the engine, from every command and through the server's pipe."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ FLAGS = [
     "router.trace",
     "--no-direct-io",
 ]
+PROMPT_FLAGS = ["--prompt-cache", "kept", "--prompt-cache-size", "5GB"]
 EXPECTED = engine_config(
     Path("some.gguf"),
     n_ctx=64,
@@ -72,6 +74,8 @@ EXPECTED = engine_config(
     max_kl=0.25,
     lossy="skip:0.1",
     direct_io=False,
+    prompt_cache=Path("kept"),
+    prompt_cache_size=5 * 10**9,
     reserve_bytes=running_bytes(),
 )
 
@@ -102,7 +106,7 @@ def through_the_pipe(config: EngineConfig) -> None:
 
 
 def setting(config: EngineConfig, name: str) -> Any:
-    groups = (config, config.context, config.memory, config.devices, config.loss)
+    groups = (config, config.context, config.memory, config.devices, config.loss, config.prompts)
     (group,) = (group for group in groups if hasattr(group, name))
     return getattr(group, name)
 
@@ -115,25 +119,40 @@ def test_values_differ_from_the_defaults() -> None:
     assert set(alike) <= ours
 
 
-@pytest.mark.parametrize("command", [["run", "-p", "x"], ["plan"], ["bench"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("command", [["run", "-p", "x"], ["plan"]], ids=lambda words: words[0])
 def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[EngineConfig]) -> None:
-    assert run([command[0], "some.gguf", *command[1:], *FLAGS]) == 2
+    assert run([command[0], "some.gguf", *command[1:], *FLAGS, *PROMPT_FLAGS]) == 2
     assert seen == [EXPECTED]
 
 
-def test_flags_of_serve_reach_its_engine(seen: list[EngineConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_are_timed_are_computed(seen: list[EngineConfig]) -> None:
+    assert run(["bench", "some.gguf", *FLAGS]) == 2
+    unkept = EngineConfig(Path()).prompts
+    assert seen == [dataclasses.replace(EXPECTED, prompts=unkept)]
+    assert run(["bench", "some.gguf", *PROMPT_FLAGS]) == 2
+    assert len(seen) == 1
+
+
+def test_flags_of_serve_reach_its_engine(
+    seen: list[EngineConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
     async def instead(config: object, offer: Offer, own: object) -> None:
         through_the_pipe(offer.engine)
 
     monkeypatch.setattr(serve, "serve_models", instead)
-    assert run(["serve", "some.gguf", *FLAGS]) == 0
+    assert run(["serve", "some.gguf", *FLAGS, *PROMPT_FLAGS]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
     assert config.trace == Path.cwd() / "router.trace"
+    assert config.prompts.prompt_cache == Path.cwd() / "kept"
+    assert (Path.cwd() / "kept").stat().st_mode & 0o777 == 0o700
     assert config.memory.reserve_bytes == serving_bytes()
     same: dict[str, Any] = {
         "model": EXPECTED.model,
         "trace": EXPECTED.trace,
+        "prompt_cache": EXPECTED.prompts.prompt_cache,
         "reserve_bytes": EXPECTED.memory.reserve_bytes,
     }
     assert reconfigured(config, **same) == EXPECTED
@@ -166,6 +185,9 @@ def test_the_policy_that_had_another_name(seen: list[EngineConfig]) -> None:
         ["--vram", "1GiB,"],
         ["--rpc", ","],
         ["--trace", "."],
+        ["--prompt-cache-size", "0"],
+        ["--prompt-cache-size", "50%"],
+        ["--prompt-cache", __file__],
     ],
     ids=" ".join,
 )
