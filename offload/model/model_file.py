@@ -7,7 +7,7 @@ from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile, parse_gguf
 from slimoe.offload.gguf.keys import TOKENS
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import check_tensors
+from slimoe.offload.model.tensor_list import check_tensors, with_listed_shapes
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.model.weight_reader import model_sources
 
@@ -24,6 +24,7 @@ class ModelFile:
     def of(cls, gguf: GGUFFile) -> "ModelFile":
         """Raises ModelFileError or UnsupportedModelError for whatever the engine would not run."""
         spec = ModelSpec.from_gguf(gguf)
+        gguf = with_listed_shapes(gguf, spec)
         check_tensors(gguf, spec)
         tokens = gguf.metadata.get(TOKENS)
         if isinstance(tokens, list) and len(tokens) != spec.n_vocab:

@@ -1,7 +1,7 @@
 """The tensors of a model, with their shapes: one list, from which files are checked, loaded, planned and written."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import GGUFFile
@@ -120,6 +120,19 @@ def _head_sizes(attention: AttentionSpec) -> dict[str, int]:
         "n_q_rows": attention.n_query_rows,
         "n_kv": attention.n_head_kv * attention.n_embd_head,
     }
+
+
+def with_listed_shapes(gguf: GGUFFile, spec: ModelSpec) -> GGUFFile:
+    """The file with vectors where it has matrices of one row in their place, which is the same to llama.cpp.
+
+    Its converter writes the gates of shared experts so.
+    """
+    rows = {name: tensor for name, tensor in gguf.tensors.items() if len(tensor.ne) == 2 and tensor.ne[1] == 1}
+    if not rows:
+        return gguf
+    vectors = {tensor.name for tensor in model_tensors(spec) if len(tensor.ne) == 1}
+    changed = {name: replace(tensor, ne=tensor.ne[:1]) for name, tensor in rows.items() if name in vectors}
+    return replace(gguf, tensors=gguf.tensors | changed)
 
 
 def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:

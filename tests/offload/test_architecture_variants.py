@@ -13,6 +13,7 @@ import pytest
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
+from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
@@ -64,6 +65,19 @@ def assert_computes_what_llama_cpp_does(path: Path) -> None:
     assert expected.std() > 0.5, "logits that are all alike show nothing"
     with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, weights="copied"))) as engine:
         np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen35moe"])
+def test_a_vector_may_be_a_matrix_of_one_row(content: Content, tmp_path: Path, name: str) -> None:
+    """As llama.cpp's converter writes the gates of shared experts."""
+    gates = [f"blk.{layer}.ffn_gate_inp_shexp.weight" for layer in range(N_LAYER)]
+    rows = {gate: content(name).values(gate)[None] for gate in gates}
+    path = write_content(tmp_path / "m.gguf", content(name).with_values(rows))
+    assert {tuple(read_gguf(path).tensors[gate].ne) for gate in gates} == {(256, 1)}
+    assert_computes_what_llama_cpp_does(path)
+    vectors = convert(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1)).path
+    assert {tuple(read_gguf(vectors).tensors[gate].ne) for gate in gates} == {(256,)}
+    assert_computes_what_llama_cpp_does(vectors)
 
 
 def divisors(n: int) -> Array:
