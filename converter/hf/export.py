@@ -79,6 +79,9 @@ def lay_out_checkpoint(
     if family.nested is not None:
         problem = f"of a {class_name} the language model alone is read, and none is written."
         raise UnsupportedModelError(source.path, problem, "Write a GGUF file, without --hf.")
+    if family.architecture.has_window_heads:
+        problem = f"no checkpoint of a {class_name} is written."
+        raise UnsupportedModelError(source.path, problem, "Write a GGUF file, without --hf.")
     check_class(source, class_name, plan)
     shapes = [layer_shape(source, layer) for layer in plan.layers]
     routed = next(shape for shape in shapes if shape.n_expert)

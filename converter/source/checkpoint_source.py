@@ -11,8 +11,8 @@ from slimoe.converter.gguf.bytes import all_bytes
 from slimoe.converter.source.checkpoint import Checkpoint
 from slimoe.converter.source.families import (
     deepseek,
-    dots,
     ernie,
+    gemma,
     glm,
     gptoss,
     granite,
@@ -39,11 +39,14 @@ from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.architectures import variant_of
 from slimoe.offload.model.tensor_list import check_tensors
 
-_FILES = (llama, phi, qwen, olmoe, granite, dots, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling, qwen_next, lfm)
+_FILES = (
+    *(llama, phi, qwen, olmoe, granite, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling, qwen_next, lfm, gemma),
+)
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
 
-_IMAGES = ".visual."
+_IMAGES = (".visual.", ".vision_tower.", ".audio_tower.", ".embed_vision.", ".embed_audio.")
+"""Parts of the names of tensors that have to do with images, or with sounds where a model hears as well."""
 _LEFT_OUT = {
     False: "What predicts further tokens (MTP) is left out: nothing runs it.",
     True: "What reads images is left out: the language model is what is converted.",
@@ -73,6 +76,12 @@ def checkpoint_source(path: Path) -> StoredModel:
         ne = (*matrix.shape[::-1], *((n_matrices[key.name],) if key.expert >= 0 else ()))
         tensors[key.name] = TensorInfo(key.name, ne, GGMLQuantizationType.F32, 0, 0, 4 * math.prod(ne))
     check_tensors(GGUFFile((path,), {}, tensors), spec)
+    for layer in spec.attention_layers:
+        # A GGUF file may have none: then values are the keys, as only config.json may say.
+        if f"blk.{layer}.attn_k.weight" in tensors and layer not in config.without_values:
+            name = f"blk.{layer}.attn_v.weight"
+            if name not in tensors:
+                raise ModelFileError(path, f"tensor {name} is missing.", "Download the checkpoint again.")
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
     n_experts = [spec.layer_shape(layer).n_expert for layer in range(spec.n_layer)]
@@ -87,7 +96,9 @@ def checkpoint_source(path: Path) -> StoredModel:
     skipped = skipped_prefixes(family, config)
     unread = [name for name in checkpoint.tensors if name.startswith(skipped)] if skipped else []
     left_out = tuple(
-        note for is_image, note in _LEFT_OUT.items() if any((_IMAGES in one) is is_image for one in unread)
+        note
+        for is_image, note in _LEFT_OUT.items()
+        if any(any(part in one for part in _IMAGES) is is_image for one in unread)
     )
     return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices, left_out)
 

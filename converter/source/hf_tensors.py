@@ -1,7 +1,7 @@
 """Which GGUF tensors a Hugging Face model's tensors make, by its family's table of names, and the sizes it has."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import accumulate
 
@@ -52,6 +52,8 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
     if window and not config.n_expert:
         # Up to the window's length, sliding attention is full attention; beyond it GGUF's llama has no word for it.
         n_ctx_train = window
+    own = config.window_attention
+    rope = replace(rope, window_freq_base=config.window_base, window_n_rot=own.n_embd_head if own else 0)
     return ModelSpec(
         architecture=family.architecture,
         n_layer=config.num_hidden_layers,
@@ -67,6 +69,7 @@ def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec
         multipliers=config.multipliers,
         windowed=config.windowed,
         recurrent=config.recurrent,
+        window_attention=own,
     )
 
 
@@ -104,6 +107,7 @@ def checkpoint_matrices(
             )
         name = f"{role}.weight"
         found[MatrixKey(name)] = StoredMatrix(values.shape, GivenRows(name, checkpoint.config_path, values))
+    _check_values(found, config.without_values)
     for name in dict.fromkeys(key.name for key in found if key.expert >= 0):
         for expert in range(spec.n_expert):
             one = found.get(MatrixKey(name, expert))
@@ -119,6 +123,13 @@ def skipped_prefixes(family: Family, config: ModelConfig) -> tuple[str, ...]:
     """How the names of tensors begin that are not read: of what predicts further tokens, or has to do with images."""
     nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
     return (*family.skipped, *nextn)
+
+
+def _check_values(found: Mapping[MatrixKey, StoredMatrix], without: Collection[int]) -> None:
+    """Raises UnsupportedModelError where values have a matrix, but are the keys by config.json."""
+    for layer in without:
+        if (stored := found.get(MatrixKey(f"blk.{layer}.attn_v.weight"))) is not None:
+            raise _without_place(stored.rows.name, stored)
 
 
 def kept_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, StoredMatrix]:

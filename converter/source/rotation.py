@@ -21,6 +21,8 @@ from slimoe.offload.model.rope import RopeSpec
 
 _BETAS = (32.0, 1.0)
 """The bounds, in turns within the original context, that ggml's YaRN is run with."""
+_STILL = 1e30
+"""What a pair's frequency is divided by that does not turn, as llama.cpp's converter has it."""
 _ROUNDING = 1e-3
 """ggml rounds the bounds' pairs in float32: nearer than this to an integer, it may round to the other one."""
 
@@ -75,6 +77,8 @@ class _Reader:
             return Rotation(self.plain, {"rope_freqs": self._llama3()})
         if kind == "yarn":
             return self._yarn()
+        if kind == "proportional":
+            return Rotation(self.plain, {"rope_freqs": self._proportional()})
         if kind in ("longrope", "su"):
             return self._longrope()
         problem = f"rope scaling of type {kind!r} is not supported."
@@ -108,6 +112,17 @@ class _Reader:
         turns = self._original_context() * frequencies / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return np.asarray(1.0 / (kept + (1.0 - kept) / factor), np.float32)
+
+    def _proportional(self) -> NDArray[np.float32]:
+        """The first pairs of a head turn at the speeds that they would have if all did; the others hardly turn."""
+        partial, factor = self.fields.partial_rotary_factor, self.fields.factor
+        partial = 1.0 if partial is None or isinstance(partial, UnsetType) else partial
+        if not 0 <= partial <= 1:
+            problem = f"partial_rotary_factor is {partial:g}, which is no part of a head."
+            raise ModelFileError(self.path, problem, "Download the checkpoint again.")
+        n_turned = int(partial * self.plain.n_rot // 2)
+        slower = 1.0 if factor is None or isinstance(factor, UnsetType) else factor
+        return np.where(np.arange(self.plain.n_rot // 2) < n_turned, slower, _STILL).astype(np.float32)
 
     def _longrope(self) -> Rotation:
         """Divisors of their own for contexts up to the original length and for longer ones."""

@@ -34,7 +34,10 @@ _CHOICES: dict[Score, tuple[str, ...]] = {
 
 
 class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
-    """`rope_parameters`, or `rope_scaling` as it was called before; what each type needs is for its reader to say."""
+    """`rope_parameters`, or `rope_scaling` as it was called before; what each type needs is for its reader to say.
+
+    Where layers of different kinds rotate otherwise, each kind has fields of its own.
+    """
 
     rope_type: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
@@ -57,6 +60,8 @@ class RopeFields(msgspec.Struct, frozen=True, kw_only=True):
     high_freq_factor: Positive | UnsetType = UNSET
     mrope_section: Annotated[list[Annotated[int, Meta(ge=0, le=2**16)]], Meta(min_length=3, max_length=3)] | None = None
     llama_4_scaling_beta: Annotated[float, Meta(ge=0, le=3e38)] | None = None
+    full_attention: "RopeFields | None" = None
+    sliding_attention: "RopeFields | None" = None
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +120,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def attention(self) -> AttentionSpec:
         """The sizes of attention."""
         return AttentionSpec(self.num_attention_heads, self.n_head_kv, self.n_embd_head)
+
+    @property
+    def window_attention(self) -> AttentionSpec | None:
+        """The sizes of attention in layers with a window, where they are not those of the others."""
+        return None
+
+    @property
+    def window_base(self) -> float:
+        """The base of the rotation's frequencies in layers with a window; 0 where it is that of the others."""
+        return 0.0
+
+    @property
+    def without_values(self) -> tuple[int, ...]:
+        """The layers whose keys, before norms and rotation, are their values."""
+        return ()
 
     @property
     def n_rot(self) -> int | None:

@@ -157,12 +157,15 @@ class Steps:
             if not name or name in done or (name == "double" and done != ["escape"]):
                 self._refuse("normaliser", step.type)
             done.append(name)
-        for n, step in enumerate(self.pre_tokenizer):
+        # Where the normaliser leaves no spaces, nothing is split at them.
+        is_idle = [step.type == "Split" and step.pattern == {"String": " "} for step in self.pre_tokenizer]
+        pre_tokenizer = self.pre_tokenizer if "escape" not in done or not all(is_idle) else ()
+        for n, step in enumerate(pre_tokenizer):
             if step.type != "Metaspace" or step.replacement != _MARK or n:
                 self._refuse("pre-tokenizer", step.type)
-        first = self.pre_tokenizer[0] if self.pre_tokenizer else Step("Metaspace", prepend_scheme="never")
+        first = pre_tokenizer[0] if pre_tokenizer else Step("Metaspace", prepend_scheme="never")
         scheme = first.prepend_scheme or ("never" if first.add_prefix_space is False else "always")
-        if "escape" not in done and not self.pre_tokenizer:
+        if "escape" not in done and not pre_tokenizer:
             raise UnsupportedModelError(self.path, "the tokenizer is neither byte-level nor like sentencepiece.")
         if "prepend" in done:
             return SpacePrefix()
