@@ -4,6 +4,7 @@ A step of more tokens takes longer: it computes more, and meets more experts, wh
 verified where the tokens that are expected of such a step, over its time, are more than those of a step without.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -18,14 +19,21 @@ STEP_SIZES = (2, 4, 8, 16)
 MOST_DRAFTED = STEP_SIZES[-1] - 1
 _LIKELY = 0.5
 """The chance of tokens that `ngram` has verified."""
-_BEGIN_GAIN = 1.05
-"""By how much more tokens in a second `auto` begins; it goes on as long as there is any gain."""
+_BEGIN_GAIN, _KEEP_GAIN = 1.1, 1.05
+"""By how much more tokens in a second `auto` begins, and goes on: times and chances are estimates, and the largest of
+several is rather too large."""
 _ASSUMED_SHARE = 0.1
 """The time of another token in a step, over that of a step of one token, where nothing is known."""
-_FADING = 1 / 16
-"""The weight of the latest step in the time of its size."""
-_VALID_STEPS = 256
+_FADING, _MOST_OF_MEAN = 1 / 32, 2.0
+"""The weight of the latest step in the time of its size, and by how many times of that a step counts at most: when the
+system is busy with something else, single steps take many times as long."""
+_VALID_STEPS = 1024
 """A time that was not measured again within so many steps is forgotten, so that its size is tried again."""
+_FLATTENING = 0.75
+"""Twice as many tokens take longer by a share, which for the next doubling is this much of it: the more tokens, the
+fewer experts that none of the others has selected."""
+_GROWTH = 2
+"""Without a prediction steps are tried that are at most so many times as large as one that was measured."""
 
 
 @dataclass(slots=True)
@@ -38,7 +46,7 @@ class _Measured:
 
 
 class StepTimes:
-    """What steps of some number of tokens take; those that were not measured are estimated from the nearest that was.
+    """What steps of some number of tokens take; of sizes that were not measured it is estimated from those that were.
 
     `expected` gives the milliseconds that a step of so many tokens is predicted to take, None where nothing is known.
     """
@@ -48,7 +56,7 @@ class StepTimes:
         self._measured: dict[int, _Measured] = {}
         self._n_kv: dict[int, int] = {}
         self._skipped: set[int] = set()
-        self._n_steps = 0
+        self._n_steps, self._next_look = 0, _VALID_STEPS
 
     def note(self, n_tokens: int, n_kv: int, seconds: float) -> None:
         """A step of so many tokens, which looked at `n_kv` cells, has taken so long.
@@ -62,28 +70,44 @@ class StepTimes:
             self._skipped.add(n_tokens)
             return
         self._skipped.discard(n_tokens)
+        if self._n_steps >= self._next_look:
+            self._next_look = self._n_steps + _VALID_STEPS // 4
+            oldest = self._n_steps - _VALID_STEPS
+            self._measured = {size: one for size, one in self._measured.items() if one.at > oldest or size == n_tokens}
         known = self._measured.setdefault(n_tokens, _Measured(0.0, 0, 0))
         known.n_seen, known.at = known.n_seen + 1, self._n_steps
+        if known.n_seen > 2:
+            seconds = min(seconds, _MOST_OF_MEAN * known.seconds)
         known.seconds += max(_FADING, 1 / known.n_seen) * (seconds - known.seconds)
 
     def seconds(self, n_tokens: int) -> float | None:
-        """Seconds of a step of so many tokens; None while no step was measured."""
-        for size in [size for size in STEP_SIZES if size in self._measured]:
-            if self._n_steps - self._measured[size].at > _VALID_STEPS and len(self._measured) > 1:
-                del self._measured[size]
-        if not self._measured:
+        """Seconds of a step of so many tokens; None where nobody knows.
+
+        Beyond what was measured it is thought to be as small as it can well be: what is tried is measured.
+        """
+        known = self._measured.get(n_tokens)
+        if known is not None:
+            return known.seconds
+        smaller = [size for size in self._measured if size < n_tokens]
+        nearest = max(smaller, default=0)
+        as_planned, there = self._expected(n_tokens), self._expected(nearest)
+        if not nearest or (nearest * _GROWTH < n_tokens and not (as_planned and there)):
             return None
-        nearest = min(self._measured, key=lambda size: (abs(size - n_tokens), size))
-        return self._measured[nearest].seconds * self._relative(n_tokens) / self._relative(nearest)
+        seconds = self._measured[nearest].seconds
+        before = max((size for size in smaller if size < nearest), default=0)
+        ratio = as_planned / there if as_planned and there else math.inf
+        if before:
+            rise = (seconds / self._measured[before].seconds) ** (1 / math.log2(nearest / before)) - 1
+            ratio = min(ratio, (1 + _FLATTENING * max(0.0, rise)) ** math.log2(n_tokens / nearest))
+        elif math.isinf(ratio):
+            ratio = (1 + _ASSUMED_SHARE * (n_tokens - 1)) / (1 + _ASSUMED_SHARE * (nearest - 1))
+        return seconds * ratio
 
     def forget(self) -> None:
         """Forgets everything: the engine has changed."""
         self._measured.clear()
         self._n_kv.clear()
         self._skipped.clear()
-
-    def _relative(self, n_tokens: int) -> float:
-        return self._expected(n_tokens) or 1 + _ASSUMED_SHARE * (n_tokens - 1)
 
 
 def draft_mode(name: str) -> DraftMode:
@@ -116,10 +140,12 @@ class Drafting:
 
         All of the step together has one of `STEP_SIZES`. The likeliest tokens are taken, of whichever request.
         """
+        n_writing = len(drafts)
+        if not any(draft.tokens for draft in drafts):
+            return [NO_DRAFT] * n_writing
         ranked = sorted(
             ((chance, number) for number, draft in enumerate(drafts) for chance in draft.chances), reverse=True
         )
-        n_writing = len(drafts)
         sizes = [size for size in STEP_SIZES if n_writing < size <= min(n_batch, n_writing + len(ranked))]
         size = self._size(n_writing, [chance for chance, _ in ranked], sizes)
         counts = [0] * n_writing
@@ -139,7 +165,7 @@ class Drafting:
         alone = self.times.seconds(n_writing)
         if alone is None:
             return n_writing
-        best, most = n_writing, 1.0 if self._is_on else _BEGIN_GAIN
+        best, most = n_writing, _KEEP_GAIN if self._is_on else _BEGIN_GAIN
         for size in sizes:
             taken = self.times.seconds(size)
             expected = n_writing + sum(chances[: size - n_writing])

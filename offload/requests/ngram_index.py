@@ -10,7 +10,7 @@ N_GRAM = 3
 """The shortest match, in tokens."""
 LONGEST = 32
 """Matches are compared no further back."""
-_MOST_TRIED = 16
+_MOST_TRIED = 8
 """Places that are compared for one draft, the latest first: what a token costs does not grow with the text."""
 _FACTORS = 2654435761, 40503, 2246822519
 _SHIFT, _TABLE = 17, 1 << 15

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from slimoe.offload.requests.ngram_index import LONGEST, N_GRAM, NgramIndex
 
 _CLASSES = ((N_GRAM, 0.3), (5, 0.45), (8, 0.6), (16, 0.8), (LONGEST, 0.9))
 """Longest matches of classes that are counted apart, and the chance of a token after such a match that is assumed."""
+_CLASS_OF = [sum(length > most for most, _ in _CLASSES) for length in range(LONGEST + 1)]
 _ASSUMED_WEIGHT = 4.0
 """Tokens that the assumed chance stands for beside those that were seen."""
 _MEMORY = 64
@@ -49,11 +52,9 @@ class TextDrafts:
     def propose(self, n_most: int) -> Draft:
         """A draft of at most `n_most` tokens; none where the text's end is new."""
         self._length, self._drafted = self._index.find(n_most)
-        chances, chance = [], 1.0
-        for offset in range(len(self._drafted)):
-            chance *= self._acceptance.chance(self._length + offset)
-            chances.append(chance)
-        return Draft(self._drafted, tuple(chances))
+        if not self._drafted:
+            return NO_DRAFT
+        return Draft(self._drafted, tuple(accumulate(self._acceptance.chances(self._length, len(self._drafted)), mul)))
 
 
 class Acceptance:
@@ -65,16 +66,12 @@ class Acceptance:
 
     def note(self, length: int, *, is_right: bool) -> None:
         """Counts a token after a match of so many tokens."""
-        number = _class_of(length)
+        number = _CLASS_OF[min(length, LONGEST)]
         kept = 1 - 1 / _MEMORY
         self._n_right[number] = kept * self._n_right[number] + is_right
         self._n_seen[number] = kept * self._n_seen[number] + 1
 
-    def chance(self, length: int) -> float:
-        """The chance that a token after a match of so many tokens is right."""
-        number = _class_of(length)
-        return min(_SUREST, self._n_right[number] / self._n_seen[number])
-
-
-def _class_of(length: int) -> int:
-    return next((number for number, (most, _) in enumerate(_CLASSES) if length <= most), len(_CLASSES) - 1)
+    def chances(self, length: int, n: int) -> list[float]:
+        """The chance of each of `n` tokens after a match of so many, if those before it are right."""
+        rates = [min(_SUREST, right / seen) for right, seen in zip(self._n_right, self._n_seen, strict=True)]
+        return [rates[_CLASS_OF[min(at, LONGEST)]] for at in range(length, length + n)]

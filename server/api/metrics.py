@@ -60,6 +60,10 @@ class Metrics:
         self._prompt = Total("slimoe_prompt_tokens", "Prompt tokens computed.", registry=registry)
         self._cached = Total("slimoe_prefix_cache_hits", "Prompt tokens known from before.", registry=registry)
         self._generated = Total("slimoe_generation_tokens", "Tokens generated.", registry=registry)
+        text = "Drafted tokens that were verified."
+        self._drafted = Total("slimoe_spec_decode_num_draft_tokens", text, registry=registry)
+        text = "Drafted tokens that took no step of their own."
+        self._accepted = Total("slimoe_spec_decode_num_accepted_tokens", text, registry=registry)
         self._finished = Total(
             "slimoe_request_success", "Generations completed.", ["finished_reason"], registry=registry
         )
@@ -121,6 +125,8 @@ class Metrics:
             self._prompt.inc(answer.timings.prompt_n)
             self._cached.inc(answer.timings.cached_n)
             self._generated.inc(answer.timings.predicted_n)
+            self._drafted.inc(answer.timings.draft_n)
+            self._accepted.inc(answer.timings.draft_n_accepted)
             self._note_timings(answer.timings)
             self._note_token(answer.timings, model)
             self._exchange.note(answer.tiers.exchange, model)

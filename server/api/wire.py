@@ -37,7 +37,8 @@ class TimingsInfo(msgspec.Struct, frozen=True):
 
     The first token of an answer comes from the prompt's last logits, so that `predicted_per_second` leaves it out.
     `expected_per_token_ms` is what the plan promises, beside `predicted_per_token_ms`, which is llama-server's name for
-    what was measured; it is left out where this machine was not measured for the model.
+    what was measured; it is left out where this machine was not measured for the model. `draft_n` drafted tokens were
+    verified, and `draft_n_accepted` took no step of their own; both are left out where there were none.
     """
 
     cache_n: int
@@ -50,6 +51,8 @@ class TimingsInfo(msgspec.Struct, frozen=True):
     predicted_per_token_ms: float
     predicted_per_second: float
     expected_per_token_ms: float | UnsetType = UNSET
+    draft_n: int | UnsetType = UNSET
+    draft_n_accepted: int | UnsetType = UNSET
 
 
 class ProgressInfo(msgspec.Struct, frozen=True):
@@ -219,6 +222,8 @@ def timings_info(timings: Timings) -> TimingsInfo:
         predicted_per_token_ms=_share(timings.predicted_ms, n_decoded),
         predicted_per_second=_share(n_decoded * 1000, timings.predicted_ms),
         expected_per_token_ms=UNSET if timings.expected_per_token_ms is None else timings.expected_per_token_ms,
+        draft_n=timings.draft_n or UNSET,
+        draft_n_accepted=timings.draft_n_accepted if timings.draft_n else UNSET,
     )
 
 

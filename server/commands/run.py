@@ -16,7 +16,7 @@ from slimoe.server.api.wire import tiers_info
 from slimoe.server.chat.prompts import Prompts
 from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt, Turn
-from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.engine_options import OptionsCommand, draft_flag, engine_config, engine_flags
 from slimoe.server.options.form_options import form_flags, form_of
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
@@ -60,6 +60,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 @click.command("run", cls=OptionsCommand)
 @engine_flags
 @prompt_cache_flags
+@draft_flag
 @click.option("-p", "--prompt", help="Text to continue; - reads it from standard input.")
 @click.option("--prompt-ids", type=TokenIds(), help="Token ids to continue, such as 1,22,333.")
 @template_flag

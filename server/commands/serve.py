@@ -23,7 +23,7 @@ from slimoe.server.http.access import AccessRules
 from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
 from slimoe.server.offer import Offer
-from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
+from slimoe.server.options.engine_options import OptionsCommand, draft_flag, engine_config, engine_flags
 from slimoe.server.options.installed import version_of
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
@@ -79,6 +79,7 @@ class Duration(click.ParamType[float | None]):
 @click.command("serve", cls=OptionsCommand)
 @engine_flags
 @prompt_cache_flags
+@draft_flag
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0 takes any."

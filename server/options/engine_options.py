@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from slimoe.offload.plan.engine_config import WEIGHT_MODES, EngineConfig, changed, setting_names
+from slimoe.offload.requests.drafting import DRAFT_MODES
 from slimoe.server.options.flag_group import flag_group, with_bare_values
 from slimoe.server.options.help_sections import write_options
 from slimoe.server.options.hub_cache import ModelPath
@@ -150,6 +151,15 @@ engine_flags = flag_group(
     ),
 )
 """The flags that name a model and say how to open it, as a decorator of a command."""
+
+
+draft_flag = click.option(
+    "--draft",
+    type=click.Choice(DRAFT_MODES),
+    help="Guess the next tokens from the text so far and verify several in one step: ngram does so wherever they are "
+    "likely, auto where that saves time (default: none).",
+)
+"""The flag of commands that write answers."""
 
 
 def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:

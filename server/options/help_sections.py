@@ -3,7 +3,7 @@
 import click
 
 SECTIONS = {
-    "Model": ("n_ctx", "n_batch", "n_parallel", "kv_type", "n_threads", "trace"),
+    "Model": ("n_ctx", "n_batch", "n_parallel", "kv_type", "n_threads", "draft", "trace"),
     "Prompts on disk": ("prompt_cache", "prompt_cache_size"),
     "Memory and devices": ("ram", "vram", "device", "rpc", "weights", "policy", "direct_io"),
     "Exactness": ("max_kl", "lossy"),

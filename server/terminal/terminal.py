@@ -46,6 +46,8 @@ def show_figures(finished: Finished) -> None:
     known = f" ({timings.cached_n} known)" if timings.cached_n else ""
     read = f"read {timings.prompt_n} tokens{known}{_speed(timings.prompt_n, timings.prompt_ms)}"
     written = f"wrote {timings.predicted_n}{_speed(timings.predicted_n, timings.predicted_ms)}"
+    if timings.draft_n:
+        written += f", {timings.draft_n_accepted} of {timings.draft_n} drafted tokens accepted"
     found = "" if hit_share is None else f", {100 * hit_share:.0f} % of experts were in memory"
     click.echo(click.style(f"[{read}, {written}{found}]", dim=True), err=True)
 

@@ -37,6 +37,7 @@ SCRIPTS = sorted(
     if "@click.command" in path.read_text("utf-8")
 )
 SCRIPTS += [
+    "drafts.gain",
     "lossy.gates",
     "quality.healing",
     "quality.main_experts",
@@ -78,6 +79,12 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
 @pytest.mark.parametrize("bench", SCRIPTS)
 def test_last_line_is_a_json_document(bench: str, smoke: Smoke) -> None:
     assert smoke(bench)
+
+
+def test_gains_of_drafts_are_times_without_over_times_with(smoke: Smoke) -> None:
+    texts = smoke("drafts.gain")["memory"]["memory"]
+    assert texts["new"]["tokens_per_step"] == 1
+    assert all(row["draft_vs_none"] == pytest.approx(row["none_ms"] / row["draft_ms"]) for row in texts.values())
 
 
 def test_a_bench_runs_by_its_modules_name() -> None:

@@ -199,7 +199,8 @@ class ScriptedEngine:
                 break
             if never_ends:
                 time.sleep(TICK_SECONDS)
-        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, cached_n=1, expected_per_token_ms=50.0)
+        drafted = (0, 0) if self.config.draft == "none" else (5, 3)
+        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, 1, 50.0, *drafted)
         self._n_done += 1
         tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0}, exchange=(EXCHANGE,))
         yield Finished(reason, text.finish(), timings, self.memory(), tiers, text.stop_text)

@@ -16,6 +16,7 @@ import pytest
 from llama_cpp import Llama
 
 from slimoe.server.cli import COMMANDS, cli, run
+from slimoe.server.options.engine_options import DEMO
 from slimoe.server.options.help_sections import SECTIONS
 from tests.models.live_server import DEADLINE, slimoe
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
@@ -183,6 +184,18 @@ def test_json_for_a_text(model: Path) -> None:
     assert report["timings"]["predicted_n"] == 8
     assert report["timings"]["predicted_ms"] > 0
     assert sum(report["memory"].values()) > 0
+
+
+def test_drafted_tokens_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ("-p", "one two three one two three", "-n", "60", "--temp", "0", "--ignore-eos")
+    reports = [reported(DEMO, *words, "--draft", draft) for draft in ("none", "ngram")]
+    assert reports[0]["text"] == reports[1]["text"]
+    assert reports[0]["timings"]["draft_n"] == 0
+    timings = reports[1]["timings"]
+    assert 0 < timings["draft_n_accepted"] <= timings["draft_n"]
+    assert run(["run", str(DEMO), *words, "--draft", "ngram", "--threads", "1"]) == 0
+    counts = f"{timings['draft_n_accepted']} of {timings['draft_n']} drafted tokens accepted"
+    assert counts in capfd.readouterr().err
 
 
 def test_json_for_token_ids(tmp_path: Path) -> None:
