@@ -14,9 +14,10 @@ Sizes (read by `spec`)
     slimoe.expert_used_count    u32             experts that are computed for a token, the first of those it selects
     slimoe.expert_selected_count u32            experts that a token selects, with compressed experts more than are
                                                 computed; absent: as many
-    slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention and no attn tensors, the residual
-                                                passes through; absent: all have. Never 0 for all. (A reader that does
-                                                not know the key misses tensors, and refuses: the version stays.)
+    slimoe.attention.present    i32 [n_layer]   1, or 0: the layer has no attention, nor a recurrence in its place, and
+                                                none of their tensors: the residual passes through; absent: all have.
+                                                Never 0 for all. (A reader that does not know the key misses
+                                                tensors, and refuses: the version stays.)
 
 Experts. A layer stores experts, numbered from 0. Each has copy 0, the best, and perhaps further ones of fewer bytes.
 Copies of equal types and width share a *bucket* of the layer; buckets are numbered from 0 without gaps. Copies of a

@@ -122,13 +122,16 @@ def test_as_many_value_heads_of_a_key_head_as_one_likes(tmp_path: Path, name: st
     assert_all_alike(source, tmp_path / "m.gguf")
 
 
-def test_layers_by_an_interval(tmp_path: Path) -> None:
-    """As files of before layer_types say which layers have attention."""
+def test_settings_as_older_files_have_them(tmp_path: Path) -> None:
+    """Which layers have attention is said by an interval, and the rotation's settings stand by themselves."""
     kinds = ["linear_attention", "full_attention"] * 2
     source = save_family(tmp_path / "c", "Qwen3Next", num_hidden_layers=4, layer_types=kinds)
     expected = open_source(source).spec
     assert expected.attention_layers == (1, 3)
-    assert open_source(with_config(source, layer_types=None, full_attention_interval=2)).spec == expected
+    rotation = {"rope_parameters": None, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    older = with_config(source, layer_types=None, full_attention_interval=2, **rotation)
+    assert open_source(older).spec == expected
+    assert expected.rope.n_rot == 8
 
 
 @pytest.mark.parametrize("name", NAMES)
