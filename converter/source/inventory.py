@@ -26,8 +26,9 @@ from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 _KINDS = (
     ("MTP blocks", r"^mtp\."),
-    ("image encoder", r"^model\.visual\."),
-    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward)\.(gate|router)\."),
+    ("image encoder", r"^model\.(visual|vision_tower|embed_vision)\."),
+    ("sound encoder", r"^model\.(audio_tower|embed_audio)\."),
+    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.|\.router\."),
     ("router", r"e_score_correction_bias|expert_bias"),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert|shared_mlp"),

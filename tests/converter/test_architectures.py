@@ -73,7 +73,7 @@ def test_experts_whose_rows_no_block_divides_are_halves_and_that_is_said(tmp_pat
     assert {one.name: one.type for one in planned.layout.tensors}["blk.0.ffn_down_exps.weight"] is Type.F16
 
 
-@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", *RECURRENT])
+@pytest.mark.parametrize("name", ["glm4moe", "bailingmoe2", "gemma4", *RECURRENT])
 def test_two_copies_of_experts_beside_dense_layers_and_shared_experts(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=SHAPE)
     whole = convert(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1)).path

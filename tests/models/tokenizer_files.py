@@ -36,13 +36,15 @@ def _merges(processor: Any, pieces: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def gemma(sentencepiece_path: Path) -> Any:
-    """transformers' own tokenizer of Gemma with the pieces of a sentencepiece model."""
+def gemma(sentencepiece_path: Path, *, every: int = 1) -> Any:
+    """transformers' own tokenizer of Gemma with the pieces of a sentencepiece model, and of what joins them only each
+    of so many, without which tokens stay that nothing makes.
+    """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_path))
     pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
     vocabulary = dict(zip(pieces, range(len(pieces)), strict=True))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "mask_token": "</s>"}
-    return GemmaTokenizer(vocab=vocabulary, merges=_merges(processor, pieces), **special)
+    return GemmaTokenizer(vocab=vocabulary, merges=_merges(processor, pieces)[::every], **special)
 
 
 def gemma_metadata(reference: Any) -> dict[str, Value]:

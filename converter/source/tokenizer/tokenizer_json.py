@@ -1,7 +1,7 @@
 """Reads Hugging Face's `tokenizer.json`: byte-level BPE (GPT-2, Llama 3) and sentencepiece-like BPE (Llama 2)."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -121,6 +121,14 @@ class TokenizerJson:
         if self.space_prefix is not None:
             self.model.check_merges(self.path, [*special, *(token.content for token in self.added.values())])
 
+    def with_listed_merges(self) -> "TokenizerJson | None":
+        """The same in a file that lists the merges of characters, as Gemma 4's have them; None where texts begin with
+        a space that they do not have, for which such files have no word.
+        """
+        if self.space_prefix is None or self.space_prefix.is_added:
+            return None
+        return replace(self, kind=keys.BYTE_FALLBACK, pre=keys.BYTE_FALLBACK)
+
     def tokens(self) -> Iterator[tuple[str, float, int]]:
         """(text, score, type) in id order; ids without a token are unused ones.
 
@@ -130,14 +138,14 @@ class TokenizerJson:
         for rank, (left, right) in enumerate(self.merges):
             ranks.setdefault(left + right, rank)
         texts = {token: text for text, token in self.model.vocab.items()}
-        is_sentencepiece, single_bytes = self.kind == keys.SENTENCEPIECE, frozenset(BYTES)
+        has_characters, single_bytes = self.kind != keys.BYTE_LEVEL, frozenset(BYTES)
         for token in range(self.highest_id + 1):
             text = texts.get(token)
             if text is None:
                 yield f"[PAD{token}]", -1000.0, TokenType.UNUSED
-            elif is_sentencepiece and text in single_bytes:
+            elif has_characters and text in single_bytes:
                 yield text, 0.0, TokenType.BYTE
-            elif is_sentencepiece and text == (self.model.unk_token or "<unk>"):
+            elif has_characters and text == (self.model.unk_token or "<unk>"):
                 yield text, 0.0, TokenType.UNKNOWN
             else:
                 yield text, -float(ranks.get(text, len(self.merges))), TokenType.NORMAL
@@ -147,6 +155,6 @@ class TokenizerJson:
         values: dict[str, Value] = {keys.TOKENIZER_MODEL: self.kind, keys.TOKENIZER_PRE: self.pre}
         if self.is_composed:
             values[keys.NORMALIZER] = "nfc"
-        if self.space_prefix is None:
-            return values | {keys.MERGES: [f"{left} {right}" for left, right in self.merges]}
-        return values | self.space_prefix.metadata()
+        if self.kind != keys.SENTENCEPIECE:
+            values[keys.MERGES] = [f"{left} {right}" for left, right in self.merges]
+        return values | (self.space_prefix.metadata() if self.space_prefix else {})

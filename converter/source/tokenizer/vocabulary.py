@@ -126,12 +126,15 @@ def _base_tokens(
         json_file.check_merges(settings.texts.values())
     except UnsupportedModelError:
         if not model_path.is_file():
-            raise
+            listed = json_file.with_listed_merges()
+            if listed is None:
+                raise
+            return json_file.path, [_Token(*token) for token in listed.tokens()], listed.metadata()
         tokens = _pieces(SentencePieceModel.read(model_path))
         if {token.text: n for n, token in enumerate(tokens)} != json_file.model.vocab:
             raise
         return model_path, tokens, json_file.metadata()
-    return json_file.path, [_Token(text, score, kind) for text, score, kind in json_file.tokens()], json_file.metadata()
+    return json_file.path, [_Token(*token) for token in json_file.tokens()], json_file.metadata()
 
 
 def _pieces(model: SentencePieceModel) -> list[_Token]:

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 import torch
@@ -134,18 +135,34 @@ def test_the_language_model_of_one_that_sees(checkpoint: Path, tmp_path: Path, s
     assert any(name.startswith("model.vision_tower.") for name in names)
     assert "model.language_model.layers.0.layer_scalar" in names
     assert_alike(tmp_path / "c", tmp_path / "m.gguf", logits(checkpoint, TOKENS).numpy())
-    assert take_inventory(tmp_path / "c").sizes["n_expert"] == 8
+    inventory = take_inventory(tmp_path / "c")
+    weights = {count.kind: count.n_weights for count in inventory.counts}
+    assert inventory.sizes["n_expert"] == 8
+    assert weights["router"] == 3 * (8 * 64 + 64 + 8)
+    assert weights["image encoder"] > 0
     notes = plan(ConvertOptions(tmp_path / "c", tmp_path / "n.gguf", "Q8_0")).notes
     assert [note for note in notes if "left out" in note] == [
         "What reads images is left out: the language model is what is converted."
     ]
 
 
-def test_text_is_read_as_transformers_reads_it(checkpoint: Path, tmp_path: Path) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    with closing(Tokenizer.open(read_gguf(converted(checkpoint, tmp_path / "m.gguf")))) as tokenizer:
+@pytest.mark.parametrize(("every", "kind"), [(1, "llama"), (2, "gemma4")])
+def test_text_is_read_as_transformers_reads_it(
+    checkpoint: Path, tmp_path: Path, sentencepiece_path: Path, every: int, kind: str
+) -> None:
+    """Merges that are not sentencepiece's are listed, as Gemma 4's own files have them."""
+    source = shutil.copytree(checkpoint, tmp_path / "c")
+    gemma(sentencepiece_path, every=every).save_pretrained(source)
+    theirs = transformers.AutoTokenizer.from_pretrained(source)
+    path = converted(source, tmp_path / "m.gguf")
+    assert read_gguf(path).metadata["tokenizer.ggml.model"] == kind
+    llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    with closing(Tokenizer.open(read_gguf(path))) as tokenizer, closing(llama):
         for text in HARD_TEXTS:
-            assert tokenizer.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False), text
+            expected = theirs.encode(text, add_special_tokens=False)
+            assert tokenizer.encode(text, parse_special=True) == expected, text
+            if "\0" not in text and text:
+                assert llama.tokenize(text.encode(), add_bos=False, special=True) == expected, text
 
 
 @pytest.mark.parametrize(
