@@ -238,14 +238,17 @@ class ResultTensors:
 
 
 def unpacked_modules(stretches: Iterable[Stretch]) -> tuple[str, ...]:
-    """What compressed-tensors calls the modules whose matrices are not packed: their names, or patterns of those."""
+    """What compressed-tensors calls the modules whose matrices are not packed: their names, or patterns of those.
+
+    The output is one of them where its matrix is the token table, too, and so no tensor of its own.
+    """
     found = []
     for tensor in (tensor for stretch in stretches for tensor in stretch.tensors):
         if len(tensor.shape) == 2 and tensor.name.endswith(".weight"):
             module = tensor.name.removesuffix(".weight")
             match = _LAYER.fullmatch(module)
             found.append(rf"re:.*\.layers\.\d+{re.escape(match[3])}$" if match else module)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys((*found, "lm_head")))
 
 
 def _projection(name: str) -> str:

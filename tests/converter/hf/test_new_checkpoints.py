@@ -231,7 +231,10 @@ def unpacked(tensors: Mapping[str, torch.Tensor], name: str, n_bits: int) -> tor
     return (integers.reshape(n_rows, -1, 128) * scales[..., None]).reshape(n_rows, n_per_row)
 
 
-@pytest.mark.parametrize(("name", "n_bits", "most"), [("Mixtral", 4, 0.12), ("Mixtral", 8, 0.01), ("Glm4Moe", 4, 0.12)])
+@pytest.mark.parametrize(
+    ("name", "n_bits", "most"),
+    [("Mixtral", 4, 0.12), ("Mixtral", 8, 0.01), ("Glm4Moe", 4, 0.12), ("Qwen3Next", 4, 0.12), ("Lfm2Moe", 4, 0.12)],
+)
 def test_packed_weights_are_read_by_compressed_tensors(
     tmp_path: Path, sentencepiece_path: Path, name: str, n_bits: int, most: float
 ) -> None:
@@ -239,7 +242,9 @@ def test_packed_weights_are_read_by_compressed_tensors(
     if name == "Mixtral":
         save_checkpoint(path, sentencepiece_path, replace(SIZES, n_embd=256, n_ff=384))
     else:
-        save_family(path, name, hidden_size=128, intermediate_size=256, moe_intermediate_size=128)
+        widths = {"moe_intermediate_size": 128}
+        widths |= {"shared_expert_intermediate_size": 128} if name == "Qwen3Next" else {}
+        save_family(path, name, hidden_size=128, intermediate_size=256, **widths)
     source = open_source(path)
     plan = plan_of(source, {block: KEPT[block] for block in range(source.spec.n_layer)})
     target, plain = (written(source, plan, tmp_path / f"{bits}", n_bits=bits) for bits in (n_bits, 16))
