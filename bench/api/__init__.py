@@ -1,1 +1,1 @@
-"""The server as others use it: their clients and tests, hostile requests, and what answers with a form cost."""
+"""The server as others use it: their clients and tests, hostile requests, what forms cost and prompts on disk gain."""

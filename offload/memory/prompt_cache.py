@@ -25,7 +25,7 @@ _RESCUE_SHARE = 0.05
 """What is about to be lost may be written in such a share of the time that it would take to compute it again."""
 _SLICE_SECONDS = 0.1
 """While others write answers, a step reads so long from disk."""
-_LEAST_CREDIT, _MOST_CREDIT = -1.0, 0.5
+_LEAST_CREDIT = -1.0
 _RECORD_SECONDS = 0.001
 """What a record takes to be read beside its bytes."""
 _FADES = 0.9
@@ -81,9 +81,11 @@ class PromptCache:
 
     def step_done(self, seconds: float) -> None:
         """Writes a little after a step that took so long."""
-        # The thread that writes takes processor time from those that compute.
-        credit = self._credit + _BUSY_SHARE * seconds - (self._writer.seconds - self._charged)
-        self._credit, self._charged = min(_MOST_CREDIT, max(_LEAST_CREDIT, credit)), self._writer.seconds
+        # The thread that writes takes processor time from those that compute. Nothing is saved up: a step that is long
+        # allows for more, and none of many short ones is held up for what the others left.
+        allowed, owed = _BUSY_SHARE * seconds, self._writer.seconds - self._charged
+        self._credit = max(_LEAST_CREDIT, min(allowed, self._credit + allowed - owed))
+        self._charged = self._writer.seconds
         while self._credit > 0 and self._wanted:
             begin = time.perf_counter()
             self._write(next(iter(self._wanted)), self._credit)

@@ -25,7 +25,8 @@ from slimoe.offload.model.spec import ModelSpec
 MAGIC = b"SLIMOEPC1\n"
 RECORD_BYTES = 8 << 20
 """About the most bytes of a record: few enough to be copied between two tokens, enough for a disk's full speed."""
-_LEAST_BLOCK, _LARGEST_BLOCK = 16, 128
+_LEAST_BLOCK, _LARGEST_BLOCK = 16, 32
+"""Tokens behind the last whole block are computed again: half a block on average."""
 _NAME = re.compile(r"slimoe-([0-9a-f]{16})-([0-9]{8})-([0-9a-f]{32})\.(kv|state[0-9]{1,4})")
 _HASH_BYTES = 32
 

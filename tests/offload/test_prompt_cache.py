@@ -13,8 +13,9 @@ import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, SamplingParams, Timings, TokenStep
-from tests.models.configs import engine_config
+from tests.models.configs import engine_config, roomy_machine
 from tests.models.tier_models import mixed_model
 from tests.models.tiered import device_engine, tiered_engine
 from tests.models.tiny_gguf import FineShape, write_family
@@ -22,7 +23,7 @@ from tests.offload.devices import Devices
 
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
 PLAIN, RECURRENT = ("qwen3moe", "gemma4", "deepseek2", "deepseek2-old"), ("qwen3next", "qwen35moe", "lfm2moe")
-BLOCK, STEP = 128, 32
+BLOCK, STEP, N_BATCH = 32, 32, 128
 """At most so many tokens are in a block; of a prompt a state is kept at the last multiple of a step."""
 N_ANSWER = 6
 draw = random.Random(8)
@@ -30,7 +31,7 @@ SYSTEM = tuple(draw.randrange(3, 290) for _ in range(400))
 FIRST = (*SYSTEM, *(draw.randrange(3, 290) for _ in range(150)))
 SECOND = (*SYSTEM, *(draw.randrange(3, 290) for _ in range(130)))
 OTHERS = [tuple(draw.randrange(3, 290) for _ in range(700)) for _ in range(2)]
-OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_batch": 128, "n_threads": 1, "kv_type": "f32", "n_parallel": 1}
+OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_batch": N_BATCH, "n_threads": 1, "kv_type": "f32", "n_parallel": 1}
 
 
 @pytest.fixture(scope="module", params=(*PLAIN, *RECURRENT))
@@ -152,7 +153,7 @@ def test_what_texts_begin_with_is_kept_once(model: Path, tmp_path: Path) -> None
         edited = Asked(engine, SECOND)
         rest(engine)
     # What they share was read up to a block's end, or with states up to the end of a part that was read at once.
-    assert len(SECOND) - len(SYSTEM) <= edited.n_read <= len(SECOND) - len(SYSTEM) + BLOCK
+    assert len(SECOND) - len(SYSTEM) <= edited.n_read <= len(SECOND) - len(SYSTEM) + N_BATCH
     assert edited.answers == anew(model, SECOND)
     assert len(list(tmp_path.glob("*.kv"))) < 2 * n_first
 
@@ -235,6 +236,18 @@ def test_what_is_only_scored_is_not_kept(plain: Path, tmp_path: Path) -> None:
     with closing(opened(plain, tmp_path)) as engine:
         list(engine.generate(GenerationRequest(FIRST, 0, prompt_logprobs=True)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_memory_is_planned(plain: Path, tmp_path: Path) -> None:
+    """Three blocks: one that is written, one that waits for that, and one that is read."""
+    plans = [
+        plan_engine(engine_config(plain, **OPTIONS, prompt_cache=kept), roomy_machine()) for kept in (None, tmp_path)
+    ]
+    without, with_blocks = (plan.weight_forms.program for plan in plans)
+    with closing(opened(plain, tmp_path)) as engine:
+        Asked(engine, FIRST)
+    largest = max(path.stat().st_size for path in tmp_path.iterdir())
+    assert 0 < with_blocks - without <= 3 * largest < with_blocks - without + 3 * 512
 
 
 # --- what is not right -----------------------------------------------------------------------------------------
@@ -341,7 +354,7 @@ def test_the_bound_is_kept(model: Path, tmp_path: Path) -> None:
             rest(engine)
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * n_bytes
     with closing(opened(model, tmp_path)) as engine:
-        assert Asked(engine, OTHERS[-1]).n_read <= BLOCK
+        assert Asked(engine, OTHERS[-1]).n_read <= N_BATCH
 
 
 def test_what_is_erased_is_erased_on_disk(model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from slimoe.offload.model.model_file import ModelFile
 from tests.models.gguf_content import Array
 from tests.models.tiny_gguf import write_family
 
-N_CELLS, BLOCK = 1024, 128
+N_CELLS = 1024
 TEXT = np.random.default_rng(3).integers(0, 300, 700, np.int32)
 OTHER = np.random.default_rng(4).integers(0, 300, 900, np.int32)
 
@@ -85,16 +85,16 @@ def test_whole_blocks_are_written_and_read(store: KVStore, tmp_path: Path) -> No
     with closing(kept.prompts):
         kept.prompts.note(kept.compute(TEXT))
         kept.rest()
-        assert n_records(tmp_path) == 5
+        assert n_records(tmp_path) == 21
     other = Kept(store, tmp_path)
     with closing(other.prompts):
-        assert other.load(TEXT) == 640
-        assert other.load(TEXT, is_alone=False) == 640
-        assert other.load(TEXT[:600]) == 512
-        assert other.load(np.concatenate([TEXT[:300], OTHER])) == 256
+        assert other.load(TEXT) == 672
+        assert other.load(TEXT, is_alone=False) == 672
+        assert other.load(TEXT[:600]) == 576
+        assert other.load(np.concatenate([TEXT[:300], OTHER])) == 288
         assert other.load(TEXT[1:]) == 0
         assert len(other.told) == 4
-        assert other.prompts.counters()["n_prompt_cache_tokens"] == 640 + 640 + 512 + 256
+        assert other.prompts.counters()["n_prompt_cache_tokens"] == 672 + 672 + 576 + 288
 
 
 def test_what_is_known_is_not_read(store: KVStore, tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_what_is_known_is_not_read(store: KVStore, tmp_path: Path) -> None:
         marks = np.full((row_shape(tensor)[0], 300, row_shape(tensor)[1]), 255, np.uint8)
         write_rows(tensor, sequence.cells, range(len(marks)), marks)
         assert other.prompts.load(sequence, TEXT.tolist(), lambda: False, is_alone=True)
-        assert len(sequence) == 640
+        assert len(sequence) == 672
         rows = read_rows(tensor, sequence.cells, range(len(marks)))
         np.testing.assert_array_equal(rows[:, :300], marks)
-        np.testing.assert_array_equal(rows[:, 300:], other.rows(TEXT[:640], *rows.shape[::2])[:, 300:])
-        assert other.prompts.counters()["n_prompt_cache_tokens"] == 340
+        np.testing.assert_array_equal(rows[:, 300:], other.rows(TEXT[:672], *rows.shape[::2])[:, 300:])
+        assert other.prompts.counters()["n_prompt_cache_tokens"] == 372
 
 
 def test_what_is_computed_faster_is_not_read(store: KVStore, tmp_path: Path) -> None:
@@ -126,12 +126,12 @@ def test_what_is_computed_faster_is_not_read(store: KVStore, tmp_path: Path) -> 
     other = Kept(store, tmp_path)
     with closing(other.prompts):
         # What was not measured yet is tried.
-        assert other.load(TEXT) == 640
+        assert other.load(TEXT) == 672
         other.prompts.computed(1000, 0.0)
         assert other.load(TEXT) == 0
         for _ in range(20):
             other.prompts.computed(1, 1000.0)
-        assert other.load(TEXT) == 640
+        assert other.load(TEXT) == 672
 
 
 def test_what_is_lost_is_written_before_if_that_is_faster(store: KVStore, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_is_lost_is_written_before_if_that_is_faster(store: KVStore, tmp_pa
             super().write(name, head, content, used_ns)
 
     goes_on = threading.Event()
-    for seconds, n_written in ((0.0, 2), (1000.0, 5)):
+    for seconds, n_written in ((0.0, 2), (1000.0, 21)):
         path = tmp_path / str(seconds)
         kept = Kept(store, path, Stuck)
         with closing(kept.prompts):
@@ -157,7 +157,7 @@ def test_what_is_lost_is_written_before_if_that_is_faster(store: KVStore, tmp_pa
             assert n_records(path) == n_written
     other = Kept(store, path)
     with closing(other.prompts):
-        assert other.load(TEXT) == 640
+        assert other.load(TEXT) == 672
 
 
 def test_a_step_leaves_little_to_writing(store: KVStore, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_step_leaves_little_to_writing(store: KVStore, tmp_path: Path) -> None
         for _ in range(100):
             kept.prompts.step_done(10.0)
         kept.rest()
-        assert n_records(tmp_path) == 5
+        assert n_records(tmp_path) == 21
 
 
 def test_what_others_hold_is_not_forgotten(store: KVStore, tmp_path: Path) -> None:
@@ -181,12 +181,12 @@ def test_what_others_hold_is_not_forgotten(store: KVStore, tmp_path: Path) -> No
         for sequence in (first, second):
             kept.prompts.note(sequence)
         kept.rest()
-        assert n_records(tmp_path) == 3 + 3 - 1
+        assert n_records(tmp_path) == 12 + 15 - 6
         tokens = first.tokens.copy()
         kept.cells.truncate(first, 0)
         kept.prompts.forget(tokens)
-        assert n_records(tmp_path) == 3
-        assert kept.load(second.tokens[:499]) == 384
+        assert n_records(tmp_path) == 15
+        assert kept.load(second.tokens[:499]) == 480
 
 
 def test_short_texts_are_left_alone(store: KVStore, tmp_path: Path) -> None:
@@ -197,6 +197,6 @@ def test_short_texts_are_left_alone(store: KVStore, tmp_path: Path) -> None:
         assert n_records(tmp_path) == 0
         kept.prompts.note(kept.compute(TEXT[:256]))
         kept.rest()
-        assert n_records(tmp_path) == 2
+        assert n_records(tmp_path) == 8
         assert kept.load(TEXT[:255]) == 0
         assert kept.load(TEXT[:256]) == 256

@@ -85,7 +85,7 @@ def test_blocks_of_bearable_size() -> None:
         n_tokens = block_tokens(token_bytes)
         assert n_tokens & (n_tokens - 1) == 0
         assert n_tokens == 16 or n_tokens * token_bytes <= RECORD_BYTES
-        assert n_tokens == 128 or 2 * n_tokens * token_bytes > RECORD_BYTES
+        assert n_tokens == 32 or 2 * n_tokens * token_bytes > RECORD_BYTES
     assert FORM.n_tokens(TextKeys(FORM, TEXT).name(64)) == 16
     assert FORM.n_bytes(TextKeys(FORM, TEXT).name(67)) == 3 * 1024
 
