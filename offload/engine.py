@@ -302,6 +302,7 @@ class Engine:
             if not is_kept:
                 self._reopen(config, plan, on_progress)
         self.config, self.plan = config, plan
+        self._drafting.times.forget()
         return Rebudgeted(time.perf_counter() - begin, 0 if is_kept else plan.load_bytes, is_kept)
 
     def _reopen(self, config: EngineConfig, plan: EnginePlan, on_progress: Progress) -> None:

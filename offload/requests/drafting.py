@@ -27,22 +27,27 @@ _ASSUMED_SHARE = 0.1
 _FADING, _MOST_OF_MEAN = 1 / 32, 2.0
 """The weight of the latest step in the time of its size, and by how many times of that a step counts at most: when the
 system is busy with something else, single steps take many times as long."""
-_VALID_STEPS = 1024
-"""A time that was not measured again within so many steps is forgotten, so that its size is tried again."""
-_FLATTENING = 0.75
-"""Twice as many tokens take longer by a share, which for the next doubling is this much of it: the more tokens, the
-fewer experts that none of the others has selected."""
+_FIRST_VALID, _MOST_VALID = 32, 2048
+"""Steps after which a time that was not measured again no longer holds, so that its size is tried again: at first,
+twice as many each time that it is measured, and at most."""
+_COLD_STEPS = 8
+"""Nothing is tried in the first steps, which are slow: what they need was never read."""
+_FEW_SEEN = 3
+"""Of so few steps the fastest counts: what disturbs a step makes it slower."""
+_FLATTENING = 0.4
+"""Twice as many tokens take longer by a share, which for the next doubling is thought to be this much of it: the more
+tokens, the fewer experts that none of the others has selected. Where it is more, two steps find out."""
 _GROWTH = 2
 """Without a prediction steps are tried that are at most so many times as large as one that was measured."""
 
 
 @dataclass(slots=True)
 class _Measured:
-    """Mean seconds of steps of one size, how many there were, and the number of the last."""
+    """Mean seconds of steps of one size, how many there were, and the number of the step up to which that holds."""
 
     seconds: float
     n_seen: int
-    at: int
+    until: int
 
 
 class StepTimes:
@@ -56,7 +61,7 @@ class StepTimes:
         self._measured: dict[int, _Measured] = {}
         self._n_kv: dict[int, int] = {}
         self._skipped: set[int] = set()
-        self._n_steps, self._next_look = 0, _VALID_STEPS
+        self._n_steps = 0
 
     def note(self, n_tokens: int, n_kv: int, seconds: float) -> None:
         """A step of so many tokens, which looked at `n_kv` cells, has taken so long.
@@ -70,23 +75,24 @@ class StepTimes:
             self._skipped.add(n_tokens)
             return
         self._skipped.discard(n_tokens)
-        if self._n_steps >= self._next_look:
-            self._next_look = self._n_steps + _VALID_STEPS // 4
-            oldest = self._n_steps - _VALID_STEPS
-            self._measured = {size: one for size, one in self._measured.items() if one.at > oldest or size == n_tokens}
-        known = self._measured.setdefault(n_tokens, _Measured(0.0, 0, 0))
-        known.n_seen, known.at = known.n_seen + 1, self._n_steps
-        if known.n_seen > 2:
+        known = self._measured.setdefault(n_tokens, _Measured(seconds, 0, 0))
+        known.n_seen += 1
+        known.until = self._n_steps + min(_MOST_VALID, _FIRST_VALID << min(16, known.n_seen))
+        if known.n_seen <= _FEW_SEEN:
+            known.seconds = min(seconds, known.seconds)
+        else:
             seconds = min(seconds, _MOST_OF_MEAN * known.seconds)
-        known.seconds += max(_FADING, 1 / known.n_seen) * (seconds - known.seconds)
+            known.seconds += max(_FADING, 1 / known.n_seen) * (seconds - known.seconds)
 
     def seconds(self, n_tokens: int) -> float | None:
         """Seconds of a step of so many tokens; None where nobody knows.
 
         Beyond what was measured it is thought to be as small as it can well be: what is tried is measured.
         """
+        if self._n_steps <= _COLD_STEPS:
+            return None
         known = self._measured.get(n_tokens)
-        if known is not None:
+        if known is not None and self._n_steps <= known.until:
             return known.seconds
         smaller = [size for size in self._measured if size < n_tokens]
         nearest = max(smaller, default=0)
@@ -108,6 +114,7 @@ class StepTimes:
         self._measured.clear()
         self._n_kv.clear()
         self._skipped.clear()
+        self._n_steps = 0
 
 
 def draft_mode(name: str) -> DraftMode:

@@ -82,9 +82,8 @@ class Scheduler:
         return not self._waiting and not self._active
 
     def read_at_most(self, n_batch: int) -> None:
-        """Steps have at most so many tokens from now on, and take other times."""
+        """Steps have at most so many tokens from now on."""
         assert self._n_parallel <= n_batch
-        self._drafting.times.forget()
         self._n_batch = n_batch
 
     @property

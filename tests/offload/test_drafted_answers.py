@@ -15,8 +15,9 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.text.generation import Constraint, Failed, Finished, GenerationRequest, SamplingParams, TokenStep
 from tests.models.configs import engine_config, reconfigured
 from tests.models.tier_models import mixed_model, plain_model
-from tests.models.tiered import resident_engine, tiered_engine
+from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_gguf import FineShape, write_family
+from tests.offload.devices import Devices
 
 DEMO = Path(__file__).parents[2] / "server" / "demo" / "demo.gguf"
 GREEDY = SamplingParams(temperature=0.0)
@@ -233,3 +234,16 @@ def test_an_unknown_mode(tmp_path: Path) -> None:
     opened = reconfigured(config(plain_model(tmp_path)), draft="eagle")
     with pytest.raises(UsageError, match="none, ngram, auto"):
         Engine.open(opened)
+
+
+@pytest.mark.parametrize("on_device", [0.5, 2.0], ids=["cut", "whole"])
+def test_on_a_device(model: Path, one_device: Devices, on_device: float) -> None:
+    opened = config(model, kv_type="f16", n_parallel=3, **one_device.settings)
+    requests = list(REPETITIVE.values())
+    with closing(device_engine(opened, on_device)) as engine:
+        plain = answers(engine, *requests)
+    with closing(device_engine(reconfigured(opened, draft="ngram"), on_device)) as engine:
+        drafted = answers(engine, *requests)
+    assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 30
+    if one_device.is_exact:
+        assert [one.tokens for one in drafted] == [one.tokens for one in plain]
