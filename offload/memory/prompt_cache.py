@@ -17,8 +17,9 @@ from slimoe.offload.memory.prompt_folder import PromptFolder, Tell
 from slimoe.offload.memory.prompt_record import RecordForm, RecordName, TextKeys
 from slimoe.offload.memory.prompt_writer import PromptWriter, Record
 
-LEAST_TOKENS = 256
-"""Shorter texts are not kept."""
+LEAST_TOKENS = 128
+"""Shorter texts are not kept. Reading them would be faster, with the demo model 60 times, but nobody would notice, and
+greetings and questions without a system prompt would fill the disk with their files."""
 _BUSY_SHARE = 0.02
 """While requests are answered, writing may take such a share of the time."""
 _RESCUE_SHARE = 0.05
@@ -102,7 +103,7 @@ class PromptCache:
     def rescue(self, sequence: TokenSequence) -> None:
         """Writes what a sequence is about to lose, as far as that is much faster than computing it again."""
         lost = [name for name, keys in self._wanted.items() if _is_in(name, keys, sequence)]
-        # Without a state about as many tokens are computed again as without the least that is kept.
+        # Without a state the tokens behind the one before are computed again, which are counted as so many.
         n_tokens = sum(self._form.n_tokens(name) if name.kind == "kv" else LEAST_TOKENS for name in lost)
         deadline = time.monotonic() + _RESCUE_SHARE * n_tokens * (self._compute_seconds or 0.0)
         for name in lost:

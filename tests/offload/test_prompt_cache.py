@@ -228,7 +228,7 @@ def test_a_request_that_is_cancelled_while_it_is_read(model: Path, tmp_path: Pat
 
 def test_short_prompts_are_not_kept(model: Path, tmp_path: Path) -> None:
     with closing(opened(model, tmp_path)) as engine:
-        Asked(engine, FIRST[:250])
+        Asked(engine, FIRST[:120])
     assert list(tmp_path.iterdir()) == []
 
 

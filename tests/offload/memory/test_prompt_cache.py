@@ -192,11 +192,11 @@ def test_what_others_hold_is_not_forgotten(store: KVStore, tmp_path: Path) -> No
 def test_short_texts_are_left_alone(store: KVStore, tmp_path: Path) -> None:
     kept = Kept(store, tmp_path)
     with closing(kept.prompts):
-        kept.prompts.note(kept.compute(TEXT[:255]))
+        kept.prompts.note(kept.compute(TEXT[:127]))
         assert not kept.prompts.tidy(1)
         assert n_records(tmp_path) == 0
-        kept.prompts.note(kept.compute(TEXT[:256]))
+        kept.prompts.note(kept.compute(TEXT[:128]))
         kept.rest()
-        assert n_records(tmp_path) == 8
-        assert kept.load(TEXT[:255]) == 0
-        assert kept.load(TEXT[:256]) == 256
+        assert n_records(tmp_path) == 4
+        assert kept.load(TEXT[:127]) == 0
+        assert kept.load(TEXT[:128]) == 128
