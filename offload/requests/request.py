@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimoe.offload.errors import ContextOverflowError, UsageError
+from slimoe.offload.errors import ContextOverflowError, SlimoeError, UsageError
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Sequence, Tokens
 from slimoe.offload.requests.text_drafts import NO_DRAFT, Draft, TextDrafts
@@ -173,7 +173,15 @@ class Generator:
         self._n_drafted += len(drafted)
         for n_right, row in enumerate(logits):
             self.n_rejected = len(drafted) - n_right
-            events += self._draw(row)
+            try:
+                events += self._draw(row)
+            except SlimoeError:
+                if not n_right:
+                    raise
+                # The tokens before are given out first: the next step reads the last of them again, and raises it.
+                self.n_rejected += 1
+                self._n_accepted -= 1
+                break
             if self.is_over or n_right == len(drafted) or self._drawn != drafted[n_right]:
                 break
             self._n_accepted += 1

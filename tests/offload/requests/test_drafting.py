@@ -4,10 +4,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
 from slimoe.offload.cache.disk_reader import ReadFailedError
+from slimoe.offload.errors import BadLogitsError
 from slimoe.offload.graph.batch import Batch
+from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Cells
 from slimoe.offload.requests.drafting import MOST_DRAFTED, STEP_SIZES, Drafting, DraftMode, StepTimes
 from slimoe.offload.requests.request import Generator, ModelFacts
@@ -169,6 +172,25 @@ def test_what_only_a_draft_needs_may_be_unreadable() -> None:
     assert n_failed > 5
     assert run.tokens == [answer_to((1, 2, 3), 60, repeating_token)]
     assert run.finished().timings.draft_n == 0
+
+
+@pytest.mark.parametrize("place", range(60, 76, 3))
+def test_what_comes_before_an_error_is_given_out(place: int) -> None:
+    """Also where both are in one step."""
+
+    def spoil(batch: Batch, logits: Logits) -> None:
+        logits[batch.positions[-batch.n_out :] == place] = np.nan
+
+    runs = Run("none"), Run("ngram")
+    for run in runs:
+        run.model.after_each = spoil
+        run.answer(greedy((1, 2, 3)))
+        end = run.ends[0]
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, BadLogitsError)
+        assert len(run.tokens[0]) == place - 2
+    assert runs[0].tokens == runs[1].tokens
+    assert len(runs[1].model.batches) < len(runs[0].model.batches)
 
 
 def test_while_a_prompt_is_read_nothing_is_drafted() -> None:
