@@ -73,6 +73,8 @@ class PromptFolder:
             return None
         except OSError as error:
             content, problem = None, reason(error)
+        except MemoryError:
+            return None
         if content is None and str(name) not in self._bad:
             self._bad.add(str(name))
             self._tell(f"Prompt cache: {name} is ignored ({problem}).")
