@@ -9,7 +9,7 @@ Values = NDArray[np.float64]
 
 HALF_LIVES = 0.5, 8.0, 64.0
 """Of the windows, in tokens: the last token, the last sentence, the text."""
-LASTING_TOKENS = 64.0
+LASTING_TOKENS = 128.0
 """Tokens after which on average what a text uses more or less than usual ends with it; too seldom to be learnt."""
 PERIOD_TOKENS = 32
 """Every so many tokens what is usual is told anew; only then all experts are looked at."""

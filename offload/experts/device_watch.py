@@ -23,7 +23,7 @@ from slimoe.offload.text.generation import ExchangeNow
 
 _log = logging.getLogger(__name__)
 _ROUNDS = 3
-_MANY = 64
+TIMED_TOKENS = 1, 8, 64
 _MEASURED = "measured"
 """Why an expert is kept in host memory while it is copied and computed over and over."""
 Probe = Callable[[Part], float | None]
@@ -31,13 +31,13 @@ Probe = Callable[[Part], float | None]
 
 
 def measure_times(run: Callable[[int], None], n_batch: int, wait: Callable[[], None] | None = None) -> ExpertTimes:
-    """Times `run`, which computes an expert for a number of tokens, at most `n_batch`: the fastest of several runs.
+    """Times `run`, which computes an expert for some numbers of tokens, at most `n_batch`: the fastest of several runs.
 
     `wait` returns when what `run` has begun is done. What it takes when there is nothing to wait for does not count: a
     step waits once for all experts.
     """
-    n_many = min(_MANY, n_batch)
-    return ExpertTimes(fastest(partial(run, 1), wait), fastest(partial(run, n_many), wait), n_many)
+    counts = tuple(dict.fromkeys(min(n_tokens, n_batch) for n_tokens in TIMED_TOKENS))
+    return ExpertTimes(counts, tuple(fastest(partial(run, n_tokens), wait) for n_tokens in counts))
 
 
 def fastest(

@@ -1,26 +1,37 @@
 """Seconds of experts on both sides of a link, and which of a batch's are worth being copied over it."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTimes:
-    """Seconds that an expert takes for one token and for `n_many`; between and beyond them a straight line."""
+    """Seconds that an expert takes for numbers of tokens, ascending from 1; between and beyond them straight lines.
 
-    one: float
-    many: float
-    n_many: int
+    Up to some tokens an expert takes as long as reading it does, and beyond as long as its arithmetic.
+    """
+
+    n_tokens: tuple[int, ...]
+    taken: tuple[float, ...]
+
+    @property
+    def one(self) -> float:
+        """Seconds for one token."""
+        return self.taken[0]
 
     def seconds(self, n_tokens: int) -> float:
         """Seconds that an expert takes for `n_tokens` tokens."""
-        if self.n_many == 1:
-            return self.one * n_tokens
-        return max(0.0, self.one + (self.many - self.one) * (n_tokens - 1) / (self.n_many - 1))
+        points, taken = self.n_tokens, self.taken
+        if len(points) == 1:
+            return taken[0] * n_tokens
+        right = min(max(1, bisect_left(points, n_tokens)), len(points) - 1)
+        slope = (taken[right] - taken[right - 1]) / (points[right] - points[right - 1])
+        return max(0.0, taken[right] + slope * (n_tokens - points[right]))
 
     def at(self, one: float) -> "ExpertTimes":
         """The times of a side that takes so long for one token now, and for many as much longer or shorter."""
-        return self if not self.one else ExpertTimes(one, self.many * one / self.one, self.n_many)
+        return self if not self.one else replace(self, taken=tuple(each * one / self.one for each in self.taken))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def fine_model(directory: Path) -> Path:
 def let_stream(engine: Engine) -> None:
     """The host is taken to be slow, and copies to be free."""
     for device in engine.device_experts:
-        device.times = LinkTimes(ExpertTimes(1, 1, 2), ExpertTimes(0, 0, 2), 1e-3, device.link.is_apart)
+        device.times = LinkTimes(ExpertTimes((1, 2), (1, 1)), ExpertTimes((1, 2), (0, 0)), 1e-3, device.link.is_apart)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def set_times(engine: Engine, host_seconds: float) -> None:
     """How long the host is taken to need for an expert, where a device needs no time."""
     for device in engine.device_experts:
         device.watch = None
-        device.times = LinkTimes(ExpertTimes(host_seconds, host_seconds, 2), ExpertTimes(0, 0, 2), 1e-3)
+        device.times = LinkTimes(ExpertTimes((1, 2), (host_seconds,) * 2), ExpertTimes((1, 2), (0, 0)), 1e-3)
 
 
 # --- exactness ---------------------------------------------------------------------------------------------

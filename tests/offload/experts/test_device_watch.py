@@ -63,7 +63,9 @@ def watched(engine: Engine, probe: Callable[[Part], float | None]) -> DeviceExpe
     """Lets the engine begin with the costs of a fast link, and measure what `probe` says."""
     (device,) = engine.device_experts
     assert device.swaps is not None
-    times = LinkTimes(ExpertTimes(FAST.host, 32 * FAST.host, 32), ExpertTimes(FAST.device, FAST.device, 32), FAST.copy)
+    times = LinkTimes(
+        ExpertTimes((1, 32), (FAST.host, 32 * FAST.host)), ExpertTimes((1, 32), (FAST.device,) * 2), FAST.copy
+    )
     watchdog = Watchdog(FAST, N_USED)
     device.watch = Steady(DeviceWatch("RPC0", device, device.swaps.policy, times, watchdog, probe))
     return device

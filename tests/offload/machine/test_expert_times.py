@@ -9,7 +9,7 @@ from slimoe.offload.machine.expert_times import ExpertTimes, LinkTimes, choose_s
 
 def times(host: float, device: float, copy: float, *, is_apart: bool) -> LinkTimes:
     """Seconds for one token and each further one."""
-    return LinkTimes(ExpertTimes(host, 2 * host, 2), ExpertTimes(device, 2 * device, 2), copy, is_apart)
+    return LinkTimes(ExpertTimes((1, 2), (host, 2 * host)), ExpertTimes((1, 2), (device, 2 * device)), copy, is_apart)
 
 
 def layer_seconds(host: list[int], there: list[int], copied: list[int], link: LinkTimes) -> float:
@@ -23,10 +23,13 @@ def layer_seconds(host: list[int], there: list[int], copied: list[int], link: Li
 
 
 def test_tokens_between_and_beyond_the_measured_ones() -> None:
-    assert ExpertTimes(1.0, 5.0, 5).seconds(3) == 3.0
-    assert ExpertTimes(1.0, 5.0, 5).seconds(9) == 9.0
-    assert ExpertTimes(2.0, 2.0, 1).seconds(4) == 8.0
-    assert ExpertTimes(1.0, 0.5, 2).seconds(9) == 0.0
+    assert ExpertTimes((1, 5), (1.0, 5.0)).seconds(3) == 3.0
+    assert ExpertTimes((1, 5), (1.0, 5.0)).seconds(9) == 9.0
+    assert ExpertTimes((1,), (2.0,)).seconds(4) == 8.0
+    convex = ExpertTimes((1, 8, 64), (1.0, 1.0, 8.0))
+    assert [convex.seconds(n) for n in (1, 3, 8, 16, 64, 128)] == [1.0, 1.0, 1.0, 2.0, 8.0, 16.0]
+    assert convex.at(3.0) == ExpertTimes((1, 8, 64), (3.0, 3.0, 24.0))
+    assert ExpertTimes((1, 2), (1.0, 0.5)).seconds(9) == 0.0
 
 
 @pytest.mark.parametrize("is_apart", [False, True])
