@@ -81,6 +81,7 @@ def figures(none: Sequence[DraftOutcome], drafted: Sequence[DraftOutcome]) -> di
         "draft_ms": statistics.median(mine),
         "draft_vs_none": statistics.median(theirs) / statistics.median(mine),
         "tokens_per_step": sum(one.n_tokens for one in drafted) / sum(one.n_steps for one in drafted),
+        "drafted_per_step": sum(one.n_drafted for one in drafted) / sum(one.n_steps for one in drafted),
         "accepted_share": sum(one.n_accepted for one in drafted) / max(1, sum(one.n_drafted for one in drafted)),
         "is_same": {one.checksum for one in (*none, *drafted)} == {none[0].checksum},
     }
@@ -88,7 +89,17 @@ def figures(none: Sequence[DraftOutcome], drafted: Sequence[DraftOutcome]) -> di
 
 def table(document: Mapping[str, Mapping[str, Mapping[str, float | bool]]]) -> Table:
     """The figures for people."""
-    shown = Table("memory", "text", "none, ms", "drafted, ms", "draft_vs_none", "tokens a step", "accepted", "same")
+    shown = Table(
+        "memory",
+        "text",
+        "none, ms",
+        "drafted, ms",
+        "draft_vs_none",
+        "tokens a step",
+        "drafted a step",
+        "accepted",
+        "same",
+    )
     for limit, by_text in document.items():
         for name, row in by_text.items():
             cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()]
