@@ -511,17 +511,21 @@ def test_a_size_is_met_with_mxfp4_where_matrices_have_it_already(tmp_path: Path)
     assert {kind.name for layer in plan.layers for expert in layer.experts for kind in expert.types} == {"MXFP4"}
 
 
-@pytest.mark.parametrize("name", ["deepseek2-old", "mistral4", *RECURRENT])
-def test_prices_of_latent_attention_and_recurrences_are_what_they_cost(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["deepseek2-old", "mistral4", "gemma4", *RECURRENT])
+def test_prices_of_latent_attention_recurrences_and_what_norms_are_behind_are_what_they_cost(
+    tmp_path: Path, name: str
+) -> None:
     """Within a factor of two, each matrix quantised alone; tokens select all experts, so that none moves to others."""
     shape = replace(SHAPE, n_layer=3 if name in RECURRENT else 2, n_expert_used=SHAPE.n_expert)
+    shape = replace(shape, n_head=4, n_head_kv=1, n_embd_head=128) if name == "gemma4" else shape
     source, kind = gguf_source(write_family(tmp_path / "m.gguf", name, shape=shape)), GGMLQuantizationType.Q8_0
     statistics = calibrated_on(source, tmp_path / "part")
     tokens, costs = Sequences(statistics.tokens), measure_type_costs(source, statistics, types=(kind.name,))
     wanted = final_logits(source, run(source, tokens)).log_softmax(-1)
     last = f"blk.{shape.n_layer - 1}."
-    keys = [key for key in costs.costs if key.name.startswith(last) and is_attention(layer_and_role(key.name)[1])]
-    assert len(keys) >= 2
+    of_layer = [key for key in costs.costs if key.name.startswith(last) and key.expert < 1]
+    keys = [key for key in of_layer if name == "gemma4" or is_attention(layer_and_role(key.name)[1])]
+    assert len(keys) >= (9 if name == "gemma4" else 2)
     for key in keys:
         n_per_row = source.shapes[key][-1]
         rows = np.ascontiguousarray(source.read(key).reshape(-1, n_per_row))
