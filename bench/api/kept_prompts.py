@@ -140,7 +140,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     restarted, recomputed = (median(name, "first_token_seconds") for name in ("restarted", "recomputed"))
     return {
-        "first_token_vs_recompute": restarted / recomputed,
+        "first_token_vs_recompute": recomputed / restarted,
         "restarted_seconds": restarted,
         "recomputed_seconds": recomputed,
         "first_seconds": median("first", "first_token_seconds"),
