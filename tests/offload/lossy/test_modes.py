@@ -488,7 +488,7 @@ def test_a_model_without_experts(directory: Path, dense_checkpoint: Path) -> Non
 
 @pytest.mark.parametrize("mode", ["gate:0.4,0.7", "constant:0.5", "elastic:0.5", "low"])
 def test_devices_change_no_selected_expert(
-    file: Path, exact: Array, moe_gguf: Path, one_device: Devices, mode: str
+    file: Path, exact: Array, stock: GGUFContent, one_device: Devices, mode: str, tmp_path: Path
 ) -> None:
     """All best copies are in the device's slots, low ones and constant experts the host's; each has its own kernels."""
     with closing(tiered_engine(config(file, mode), 1.0)) as engine:
@@ -501,5 +501,7 @@ def test_devices_change_no_selected_expert(
         assert np.abs(got - expected).max() < 1e-3
         assert beside.get("low_selected", 0) == counters["low_selected"]
     else:
-        one_device.check(got, expected, moe_gguf)
-    assert (np.abs(got - exact).max() > 1e-3) == (mode != "low")
+        # The CPU rounds what it multiplies with experts of Q8_0, a device may not.
+        alike = stock.quantised(Type.Q8_0, lambda name: "_exps" in name)
+        one_device.check(got, expected, write_content(tmp_path / "stock.gguf", alike))
+    assert (np.abs(expected - exact).max() > 1e-3) == (mode != "low")

@@ -233,7 +233,9 @@ def test_a_budget_holds_with_a_device_open(one_device: Devices, model: Path, tmp
 
     What a software device holds is in this process's memory, and comes on top.
     """
-    where = ["--device", one_device.names[0]] if not one_device.endpoints else ["--rpc", one_device.endpoints[0]]
+    where = ["--device", one_device.names[0]]
+    if one_device.endpoints:
+        where = ["--device", "RPC0", "--rpc", one_device.endpoints[0]]  # the first server that a process knows
     words = [model, "--ctx", "256", "--batch", "64", "--threads", "1", "--vram", "24MiB", *where, "--json"]
     least = json.loads(commanded("plan", *words, "--no-measure", "--ram", "1MiB").stdout)["required_bytes"]
     ram = least + 12 * MIB
