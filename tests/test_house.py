@@ -281,6 +281,33 @@ def test_serving_does_not_load_the_converters_libraries() -> None:
     assert loaded.isdisjoint({"torch", "transformers", "safetensors", "slimoe.converter"})
 
 
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "scipy", "matplotlib"):
+    sys.modules[name] = None
+from slimoe.server.cli import main
+sys.argv = ["slimoe", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "calibrate", "report", "inspect", "eval", "doctor", "launch"])
+def test_every_command_explains_itself_without_the_converters_libraries(command: str) -> None:
+    words = [sys.executable, "-c", WITHOUT_TORCH, command, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: ")
+
+
+def test_types_by_name_need_no_torch(tmp_path: Path) -> None:
+    target = tmp_path / "small.gguf"
+    demo = str(ROOT / "server/demo/demo.gguf")
+    words = [sys.executable, "-c", WITHOUT_TORCH, "convert", demo, str(target), "--type", "Q8_0"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes()[:4] == b"GGUF"
+
+
 def test_tests_reach_no_private_name() -> None:
     """Neither by import, nor as an attribute of anything but themselves, nor by patching."""
     wrong = []

@@ -47,7 +47,9 @@ def stored_matrices(checkpoint: Checkpoint) -> dict[str, StoredMatrix]:
             import bitsandbytes  # noqa: F401  # only whether it can be
         except ImportError:
             problem = "The checkpoint is quantised by bitsandbytes, which is not installed."
-            raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
+            raise LibraryError(
+                f'{problem} Install it: scripts/install convert, or pip install "slimoe[convert]".'
+            ) from None
     found: dict[str, StoredMatrix] = {}
     for name, tensor in checkpoint.tensors.items():
         if _is_mxfp4(tensor):

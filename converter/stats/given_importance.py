@@ -116,7 +116,9 @@ def _of_statistics(path: Path, model: ModelSource) -> tuple[Imatrix, dict[str, V
         from slimoe.converter.stats.statistics_file import load_statistics
     except ImportError:
         problem = f"{path} is a file of slimoe calibrate, which only safetensors can read."
-        raise LibraryError(f'{problem} Install it: pip install "slimoe[convert]".') from None
+        raise LibraryError(
+            f'{problem} Install it: scripts/install convert, or pip install "slimoe[convert]".'
+        ) from None
     statistics = load_statistics(path, model)
     about = {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
     return imatrix_of(statistics), about

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from slimoe.offload.errors import LibraryError, UsageError
 from slimoe.offload.ggml import trial
-from slimoe.offload.ggml.packages import NATIVE, PACKAGES, PREBUILT, Library, Package
+from slimoe.offload.ggml.packages import PACKAGES, PREBUILT, Library, Package
 
 VERSIONS = ((0, 25), (0, 27))
 """The oldest and the newest ggml, by major and minor version, that this program has been run with."""
@@ -40,7 +40,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 _INSTALL = f"Install one as docs/building.md says: {PREBUILT.install}"
-_BUILD = f'Build one that has it, as docs/building.md says: CMAKE_ARGS="-DGGML_RPC=ON" {NATIVE.install}'
+_BUILD = "Build one that has it: scripts/install native in the checkout, or by hand as docs/building.md says."
 
 
 @dataclass(frozen=True, slots=True)

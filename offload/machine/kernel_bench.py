@@ -129,7 +129,7 @@ class KernelBench:
             ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
             return [query, mask], [attended]
 
-        return max(_LEAST, self._seconds(nodes, _ROUNDS) - self._empty_seconds) / (n_cells * n_queries)
+        return self._more(self._seconds(nodes, _ROUNDS) - self._empty_seconds) / (n_cells * n_queries)
 
     def overheads(self) -> Overheads:
         """What the smallest graph costs, and each operation and each view more."""
@@ -145,7 +145,12 @@ class KernelBench:
             return nodes
 
         few, many = (min(self._runs(views(n), 4 * _ROUNDS)) for n in (1, _MANY_VIEWS))
-        return Overheads(graph_seconds, op_seconds, max(many - few, _LEAST) / (_MANY_VIEWS - 1))
+        return Overheads(graph_seconds, op_seconds, self._more(many - few) / (_MANY_VIEWS - 1))
+
+    def _more(self, seconds: float) -> float:
+        """Seconds beyond those of a graph's start. Where there are none, something disturbed one of the two."""
+        self.is_steady &= seconds > _LEAST
+        return max(seconds, _LEAST)
 
     def _small_graphs(self) -> tuple[float, float]:
         """Seconds of a graph of two operations, and of each further one."""
@@ -164,7 +169,7 @@ class KernelBench:
         runs = [self._runs(chain(n), 4 * _ROUNDS, values) for n in (1, _MANY_PAIRS)]
         one, many = (min(seconds) for seconds in runs)
         self.is_steady = all(float(np.median(seconds)) <= 2 * min(seconds) for seconds in runs)
-        return max(one, _LEAST), max(many - one, _LEAST) / (2 * _MANY_PAIRS - 2)
+        return self._more(one), self._more(many - one) / (2 * _MANY_PAIRS - 2)
 
     def _product(self, kernel: MatrixKernel, n_matrix_rows: int, n_rows: int) -> float:
         """Seconds per byte. Few rows of activations: whole matrices, as many as take some time; many: a part of one."""
@@ -178,7 +183,7 @@ class KernelBench:
         n_products = int(min(_LONG_SECONDS / max(once, 1e-6) + 1, _MAX_PRODUCTS, fitting // height, results))
         rounds = _ROUNDS if n_rows == 1 else _FEW_ROUNDS
         seconds = self._seconds(self._products(kernel, height, n_rows, n_products), rounds) - self._empty_seconds
-        return max(seconds, _LEAST) / (n_products * height * row_bytes)
+        return self._more(seconds) / (n_products * height * row_bytes)
 
     def _products(self, kernel: MatrixKernel, height: int, n_rows: int, n_products: int) -> Nodes:
         """Products that are independent of each other, each with another part of the buffer."""

@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from slimoe.offload.machine.upload_costs import ExchangeChoice, UploadCosts, choose_exchange, shown_ms
+from slimoe.offload.machine.upload_costs import (
+    ExchangeChoice,
+    ExchangeMode,
+    UploadCosts,
+    choose_exchange,
+    shown_ms,
+)
 
 Part = Literal["copy", "host", "device"]
 PARTS: tuple[Part, ...] = ("copy", "host", "device")
@@ -112,9 +118,11 @@ class Watchdog:
         if not _is_off(seconds, expected):
             return False
         if len(found) < _FEWEST or not _is_off(median(found), expected):
-            # At once, but not again and again: what is measured in noise is off most of the time.
+            # At once, but not again and again: what is measured in noise is off most of the time. And where nothing is
+            # moved, only what would change that is worth the time.
             self._n_confirming += 1
-            self._suspect = part if self._n_confirming < _FEWEST else None
+            is_news = self.choice.mode != "static" or self._mode_with(part, seconds) != "static"
+            self._suspect = part if is_news and self._n_confirming < _FEWEST else None
             return False
         self.costs = _with(self.costs, part, median(found))
         self._choose(f"{_WORDS[part]} takes {shown_ms(median(found))} in place of {shown_ms(expected)}")
@@ -199,6 +207,10 @@ class Watchdog:
             self.choice = choice
         else:
             self._change(choice, cause)
+
+    def _mode_with(self, part: Part, seconds: float) -> ExchangeMode:
+        """What the choice would be if a part took so long."""
+        return choose_exchange(_with(self.costs, part, seconds), self._n_used).mode
 
     def _change(self, choice: ExchangeChoice, cause: str) -> None:
         if _MOVES.index(choice.mode) < _MOVES.index(self.choice.mode):

@@ -41,6 +41,7 @@ class PromptFolder:
         self.path, self._most_bytes, self._tell = path, most_bytes, tell
         self._bad: set[str] = set()
         self._n_bytes = self._unseen_bytes = 0
+        self._make_room(0)  # another run may have left more than this one is to have
 
     def has(self, name: RecordName, used_ns: int | None = None) -> bool:
         """Whether a record is there that was never found damaged; with `used_ns` it was used at that time."""

@@ -13,7 +13,6 @@ from slimoe.converter.quant.mixes import FOR_IMPORTANCE, RECIPES
 from slimoe.converter.stats.given_importance import Fitted
 from slimoe.offload.plan.context_notes import window_note
 from slimoe.offload.resources.processors import usable_processors
-from slimoe.server.jobs.hf_checkpoint import convert_to_checkpoint
 from slimoe.server.options.compress_options import (
     OLD_SPELLINGS,
     compress_flags,
@@ -80,6 +79,9 @@ def command(values: Mapping[str, Any]) -> None:
     """
     compression, type_name, copies = compress_options(values), values["type_name"], values["two_copies"]
     if values["hf"] or values["hf_bits"]:
+        check_installed("Compressing", *CONVERTERS)
+        from slimoe.server.jobs.hf_checkpoint import convert_to_checkpoint
+
         convert_to_checkpoint(values, compression)
         return
     if copies and type_name:

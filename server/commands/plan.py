@@ -69,13 +69,13 @@ def command(values: Mapping[str, Any]) -> None:
     if not (is_hf or compression.is_asked or (model is not None and os.path.isdir(model))):
         tell_engine_plan(values)
         return
-    check_installed("Compressing", *CONVERTERS)
     if model is None:
         raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
     other = [name for name in engine_settings(values) if name not in ("model", "n_threads")]
     if other:
         flag = other[0].removeprefix("n_").replace("_", "-")
         raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
+    check_installed("Compressing", *CONVERTERS)
     if is_hf:
         from slimoe.server.jobs.hf_checkpoint import tell_checkpoint
 

@@ -16,7 +16,9 @@ def check_installed(work: str, *modules: str, extra: str = "convert") -> None:
     """
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"{work} needs {name}. Install it: pip install 'slimoe[{extra}]'")
+            raise UsageError(
+                f"{work} needs {name}. Install it: scripts/install {extra}, or pip install 'slimoe[{extra}]'"
+            )
 
 
 def version_of(package: str) -> str:

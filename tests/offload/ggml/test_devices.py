@@ -418,9 +418,9 @@ def test_a_ggml_without_rpc(monkeypatch: pytest.MonkeyPatch) -> None:
         "except LibraryError as error:\n    print(error)\n"
     )
     done = ran(code)
-    assert re.match(r"xllamacpp \S+ has no RPC \(libggml-rpc\), which --rpc needs.* CMAKE_ARGS", done.stdout), (
-        done.stderr
-    )
+    assert re.match(
+        r"xllamacpp \S+ has no RPC \(libggml-rpc\), which --rpc needs.* scripts/install native", done.stdout
+    ), done.stderr
 
 
 def test_a_server_that_is_killed_is_noticed() -> None:

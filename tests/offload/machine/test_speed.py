@@ -237,6 +237,15 @@ def test_noise_is_noticed() -> None:
         assert bench.is_steady
 
 
+def test_what_takes_less_than_nothing_is_noise() -> None:
+    clock = Clock()
+    backend = KnownBackend(clock)
+    with closing(backend), closing(KernelBench(backend, 4 << 20, clock)) as bench:
+        backend.noise = lambda n: 0.0
+        assert 0 < bench.attention(ATTENTION) < CELL_SECONDS / 1e3
+        assert not bench.is_steady
+
+
 def test_more_rows_are_never_said_to_be_faster() -> None:
     clock = Clock()
     with (

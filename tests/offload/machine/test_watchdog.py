@@ -109,6 +109,16 @@ def test_looking_for_a_better_link_costs_little_however_slow_it_is() -> None:
     assert (played.probing - before[0]) / (played.seconds - before[1]) < 0.02
 
 
+def test_a_link_that_is_slower_still_is_not_measured_again_where_nothing_is_moved() -> None:
+    watchdog = Watchdog(LINK_SLOW, N_USED)
+    assert watchdog.choice.mode == "static"
+    assert not watchdog.measured("copy", 10 * LINK_SLOW.copy, 1.0)
+    assert watchdog.due() is None
+    # One over which moving would pay is made sure of at once.
+    assert not watchdog.measured("copy", FAST.copy, 1.0)
+    assert watchdog.due() == "copy"
+
+
 def test_what_is_at_the_edge_does_not_go_to_and_fro() -> None:
     """A link half as fast and twice as fast in turn, on either side of what makes uploads pay."""
     edge = replace(FAST, copy=0.039, copy_beside=0.04)

@@ -148,6 +148,14 @@ def test_the_bound_is_kept_and_other_files_are_untouched(tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) > n_strange + 5
 
 
+def test_a_smaller_bound_holds_as_soon_as_the_folder_is_opened(tmp_path: Path) -> None:
+    before = written(PromptFolder(tmp_path, 30 * RECORD, print), keys(), 20)
+    folder = PromptFolder(tmp_path, 10 * RECORD, print)
+    assert 0 < size_of(tmp_path) <= 10 * RECORD
+    n_left = sum(folder.has(name) for name in before)
+    assert [folder.has(name) for name in before] == [n < n_left for n in range(20)]
+
+
 def test_a_record_larger_than_the_bound_is_not_written(tmp_path: Path) -> None:
     folder = PromptFolder(tmp_path, RECORD - 1, print)
     written(folder, keys(), 3)

@@ -539,7 +539,10 @@ def test_what_must_be_installed(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     status, _, err = told(["convert", model, tmp_path / "m.gguf", "--drop-layers", "1"], capsys)
-    assert (status, err) == (2, "slimoe: Compressing needs torch. Install it: pip install 'slimoe[convert]'")
+    assert (status, err) == (
+        2,
+        "slimoe: Compressing needs torch. Install it: scripts/install convert, or pip install 'slimoe[convert]'",
+    )
 
 
 def test_old_spellings_of_flags_are_understood() -> None:
