@@ -24,9 +24,9 @@ def executable(path: Path, body: str) -> Path:
     return path
 
 
-def install(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def install(checkout: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("CMAKE_ARGS", "PYTHON", "SLIMOE_VENV")}
-    command = [str(checkout / "scripts" / "install")]
+    command = [str(checkout / "scripts" / "install"), *words]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
 
 
@@ -47,6 +47,20 @@ def test_a_python_without_venv_is_answered_with_what_to_install(checkout: Path) 
     assert done.returncode == 1
     assert "apt install python3-venv" in done.stderr
     assert done.stdout == ""
+
+
+def test_an_extra_that_there_is_not_is_refused_with_those_there_are(checkout: Path) -> None:
+    log = fake_venv(checkout)
+    wrong, helped = install(checkout, "convert,bogus"), install(checkout, "--help")
+    names = "native convert test bench eval"
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("slimoe: There is no extra bogus. ")
+    assert wrong.stderr.endswith(f"one of: {names}\n")
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert names in helped.stdout
+    assert not log.exists()
+    assert install(checkout, "convert,eval").returncode == 0
+    assert "--editable .[convert,eval,native]" in log.read_text()
 
 
 def test_no_python_is_answered_with_how_to_name_one(checkout: Path) -> None:
