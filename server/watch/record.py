@@ -66,6 +66,8 @@ class RequestRecord:
     total_seconds: float = 0.0
     tiers: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
+    under_way: dict[int, Counter[str]] = field(default_factory=dict)
+    """What is known of choices that have not ended: tokens read, cached and predicted by the engine's number."""
 
     def generate(self, model: str) -> None:
         """Notes that `model` is asked for an answer."""
@@ -76,20 +78,29 @@ class RequestRecord:
     def note(self, answer: Answer) -> None:
         """Takes the figures of an engine's answer."""
         match answer:
-            case Progress() if self.queue_seconds is None:
-                self.queue_seconds = self._elapsed
-            case Step() if self.first_seconds is None:
-                self.first_seconds = self._elapsed
-            case Done(reason=reason, timings=timings, tiers=tiers):
-                self.n_prompt += timings.prompt_n + timings.cached_n
-                self.n_cached += timings.cached_n
-                self.n_predicted += timings.predicted_n
+            case Progress(id=id, n_done=n_done, n_cached=n_cached):
+                self.queue_seconds = self._elapsed if self.queue_seconds is None else self.queue_seconds
+                self.under_way[id] = Counter(n_prompt=n_done, n_cached=n_cached)
+            case Step(id=id):
+                self.first_seconds = self._elapsed if self.first_seconds is None else self.first_seconds
+                self.under_way.setdefault(id, Counter())["n_predicted"] += 1
+            case Done(id=id, reason=reason, timings=timings, tiers=tiers):
+                self.under_way.pop(id, None)
+                self._add(timings.prompt_n + timings.cached_n, timings.cached_n, timings.predicted_n)
                 self.tiers.update(tiers.counts)
                 self.reasons.append(reason)
 
+    def _add(self, n_prompt: int, n_cached: int, n_predicted: int) -> None:
+        self.n_prompt += n_prompt
+        self.n_cached += n_cached
+        self.n_predicted += n_predicted
+
     def end(self, status: int) -> None:
-        """Notes the end of the request."""
+        """Notes the end of the request; what failed or was left is counted as far as it came."""
         self.status, self.total_seconds = status, self._elapsed
+        for counts in self.under_way.values():
+            self._add(counts["n_prompt"], counts["n_cached"], counts["n_predicted"])
+        self.under_way.clear()
         if self.feed is not None and self.model is not None:
             self.feed.tell("request", self.event("end"))
 

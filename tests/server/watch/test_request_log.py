@@ -19,8 +19,10 @@ import pytest
 from yarl import URL
 
 from slimoe.offload.errors import UsageError
+from slimoe.offload.text.generation import Timings
 from slimoe.server.cli import run
 from slimoe.server.log_format import JOURNAL, MOST_WAITING, Journal
+from slimoe.server.messages import Done, Progress, Step
 from slimoe.server.process.engine_child import EngineChild
 from slimoe.server.telling import tell
 from slimoe.server.watch.prompt_log import MOST_BYTES, PromptLog
@@ -243,3 +245,20 @@ def test_a_place_where_nothing_can_be_written_is_refused(
         PromptLog(tmp_path / "file" / "below")
     assert run(["serve", str(tiny_model), "--port", "0", "--log-prompts", str(tmp_path / "file" / "below")]) == 2
     assert "--log-prompts" in capfd.readouterr().err
+
+
+def test_what_has_not_ended_is_counted_as_far_as_it_came() -> None:
+    record = RequestRecord("r1", model="m")
+    for answer in (
+        Progress(1, 30, 60, 10),
+        Progress(1, 60, 60, 10),
+        Step(1, "a"),
+        Progress(2, 20, 60, 0),
+        Step(1, "b"),
+    ):
+        record.note(answer)
+    record.note(Done(1, "stop", "", Timings(50, 1.0, 2, 1.0, 10), {}))
+    record.note(Progress(3, 60, 60, 50))
+    record.note(Step(3, "c"))
+    record.end(500)
+    assert (record.n_prompt, record.n_cached, record.n_predicted) == (60 + 20 + 60, 10 + 50, 2 + 1)
