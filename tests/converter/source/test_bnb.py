@@ -263,6 +263,8 @@ def test_without_bitsandbytes_it_says_what_to_install(
         return original(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(LibraryError, match=r"not installed\. Install it: pip install \"slimoe\[convert\]\""):
+    with pytest.raises(
+        LibraryError, match=r"not installed\. Install it: scripts/install convert, or pip install \"slimoe\[convert\]\""
+    ):
         open_source(quantised["nf4"][0])
     assert open_source(dense).spec.n_layer == 1
