@@ -1,12 +1,13 @@
-"""What layers keep of the tokens read so far, keys and values or states, in one buffer that is allocated once."""
+"""What layers keep of the tokens read so far, keys and values or states, in buffers that are allocated once."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
 from slimoe.offload.model.spec import ModelSpec
@@ -108,17 +109,23 @@ class KVCache:
         tensors = [held for of in self.kinds for held in of.values()]
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self.n_bytes = sum(sizes)
+        self._buffers = list[int]()
         try:
-            self._buffer = backend.allocate(self.n_bytes + _ALIGNMENT)
+            for together in _pieces(sizes, ggml_device.ggml_backend_buft_get_max_size(backend.buft) - _ALIGNMENT):
+                self._place(backend, [tensors[index] for index in together], [sizes[index] for index in together])
         except DoesNotFitError:
-            ggml.ggml_free(self._ctx)
+            self.close()
             raise
-        base = -(-ggml_backend.ggml_backend_buffer_get_base(self._buffer) // _ALIGNMENT) * _ALIGNMENT
+
+    def _place(self, backend: Backend, tensors: Sequence[int], sizes: Sequence[int]) -> None:
+        """Lays tensors one after the other in a buffer of their own."""
+        self._buffers.append(backend.allocate(sum(sizes) + _ALIGNMENT))
+        base = -(-ggml_backend.ggml_backend_buffer_get_base(self._buffers[-1]) // _ALIGNMENT) * _ALIGNMENT
         for tensor, size in zip(tensors, sizes, strict=True):
-            ggml_backend.ggml_backend_tensor_alloc(self._buffer, tensor, base)
+            ggml_backend.ggml_backend_tensor_alloc(self._buffers[-1], tensor, base)
             base += size
         # Cells that hold no token yet are masked, but 0 * NaN would still be NaN.
-        ggml_backend.ggml_backend_buffer_clear(self._buffer, 0)
+        ggml_backend.ggml_backend_buffer_clear(self._buffers[-1], 0)
 
     @property
     def kinds(self) -> tuple[dict[int, int], ...]:
@@ -133,7 +140,20 @@ class KVCache:
 
     def close(self) -> None:
         """Frees the memory."""
-        if self._buffer:
-            ggml_backend.ggml_backend_buffer_free(self._buffer)
+        while self._buffers:
+            ggml_backend.ggml_backend_buffer_free(self._buffers.pop())
+        if self._ctx:
             ggml.ggml_free(self._ctx)
-            self._buffer = 0
+            self._ctx = 0
+
+
+def _pieces(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of what lies in one buffer, in order: as much as `most` bytes, or one that is larger by itself."""
+    pieces, held = list[list[int]](), most
+    for index, size in enumerate(sizes):
+        if held + size > most:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(index)
+        held += size
+    return pieces
