@@ -40,6 +40,7 @@ from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.machine import Machine, this_machine
 from tests.models.configs import engine_config, reconfigured
 from tests.models.conversation import TOKENS, answers, conversation, stopped_after
+from tests.models.gguf_content import write_content
 from tests.models.native_files import plain_ffn, write_native
 from tests.models.tier_models import WIDE, content_of, mixed_model, plain_model, tied_model, uneven_model
 from tests.models.tiered import device_engine, least_vram, resident_engine, tiered_engine
@@ -207,16 +208,18 @@ def test_experts_that_pass_through_for_a_batch(
         assert (engine.counters()["streamed"] > 0) is is_streamed
 
 
-def test_lossy_modes_decide_the_same_on_devices(one_device: Devices, directory: Path, plain: Model) -> None:
+def test_lossy_modes_decide_the_same_on_devices(one_device: Devices, directory: Path) -> None:
     """Second copies are the host's; modes that go by expert weights alone give what they give without a device."""
     stock = content_of(directory, replace(WIDE, n_layer=3))
     path = write_native(directory / "pair.gguf", stock, [plain_ffn(6, Type.Q8_0, Type.Q4_0)] * 3)
-    case = one_device.config(path, lossy="gate:0.6")
+    case = one_device.config(path, lossy="gate:0.7")  # no expert's weight is so near that rounding decides
+    # The CPU rounds what it multiplies with experts of Q8_0, a device may not.
+    alike = write_content(directory / "alike.gguf", stock.quantised(Type.Q8_0, lambda name: "_exps" in name))
     with closing(tiered_engine(reconfigured(case, rpc=()), 0.5)) as engine:
         expected, lost = conversation(engine), engine.counters()["low_selected"]
     for on_device in (0.3, WHOLE):
         with closing(device_engine(case, on_device, 0.5)) as engine:
-            one_device.check(conversation(engine), expected, plain.stock)
+            one_device.check(conversation(engine), expected, alike)
             if one_device.is_exact:
                 assert engine.counters()["low_selected"] == lost > 0
     with closing(device_engine(reconfigured(case, lossy="low"), 0.3, 0.0)) as engine:
