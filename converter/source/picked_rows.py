@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.converter.source.model_source import Blocks
-from slimoe.converter.source.stored_rows import RowsOfOthers, StoredMatrix
+from slimoe.converter.source.stored_rows import RowsOfOthers, StoredMatrix, StoredRows
 
 Order = NDArray[np.int64]
 Values = NDArray[np.float32]
@@ -39,28 +40,6 @@ class PickedRows(RowsOfOthers):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PickedColumns(RowsOfOthers):
-    """The rows of a tensor, with their elements in the order `order`; of a vector, its elements."""
-
-    order: Order
-    blocks: Blocks | None = None
-
-    @property
-    def n_rows(self) -> int:
-        """The number of rows of the tensor."""
-        return self.rows.n_rows
-
-    @property
-    def step(self) -> int:
-        """As the tensor's."""
-        return self.rows.step
-
-    def read(self, first: int, n_rows: int) -> Values:
-        """Reads rows, their elements reordered; raises ModelFileError."""
-        return np.ascontiguousarray(self.rows.read(first, n_rows)[:, self.order])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ChangedRows(RowsOfOthers):
     """The rows of a tensor with what `change` makes of their values."""
 
@@ -85,3 +64,8 @@ class ChangedRows(RowsOfOthers):
 def picked_rows(stored: StoredMatrix, order: Order) -> StoredMatrix:
     """The rows of a matrix in that order, all or some of them; the numbers must be those of rows."""
     return StoredMatrix((len(order), *stored.shape[1:]), PickedRows(stored.rows, order))
+
+
+def picked_columns(rows: StoredRows, order: Order) -> ChangedRows:
+    """The rows of a tensor, their elements in that order; of a vector, its elements."""
+    return ChangedRows(rows, partial(np.take, indices=order, axis=1))

@@ -14,7 +14,7 @@ from msgspec import Meta
 from slimoe.converter.source.families.config import Count, NestedConfig, RoutedConfig, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, EXPERTS, QK_NORMS, Change, Family
 from slimoe.converter.source.families.qwen import SHARED
-from slimoe.converter.source.picked_rows import ChangedRows, Order, PickedColumns, Values, picked_rows
+from slimoe.converter.source.picked_rows import ChangedRows, Order, Values, picked_columns, picked_rows
 from slimoe.converter.source.stored_rows import StoredMatrix
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.model.architecture import Architecture
@@ -214,7 +214,7 @@ def _tiled_rows(stored: StoredMatrix, order: Order) -> StoredMatrix:
 
 def _tiled_columns(stored: StoredMatrix, order: Order) -> StoredMatrix:
     is_whole = stored.shape[-1] == len(order)
-    return replace(stored, rows=PickedColumns(stored.rows, order)) if is_whole else stored
+    return replace(stored, rows=picked_columns(stored.rows, order)) if is_whole else stored
 
 
 def _tiled_channels(stored: StoredMatrix, of: RecurrentSpec) -> StoredMatrix:

@@ -17,7 +17,7 @@ from slimoe.converter.convert import ConvertOptions, plan
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.model_source import Blocks
 from slimoe.converter.source.open_source import open_source
-from slimoe.converter.source.picked_rows import PickedColumns, PickedRows
+from slimoe.converter.source.picked_rows import PickedRows, picked_columns
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from tests.converter.source.families.test_checkpoints import TOKENS, assert_all_alike, converted, engines, llama_cpps
@@ -235,5 +235,5 @@ def test_rows_and_columns_in_another_order() -> None:
     for first in range(5):
         for n_rows in range(1, 6 - first):
             np.testing.assert_array_equal(picked.read(first, n_rows), values[order][first : first + n_rows])
-    columns = PickedColumns(stored, np.array([3, 0, 2, 1]))
+    columns = picked_columns(stored, np.array([3, 0, 2, 1]))
     np.testing.assert_array_equal(columns.read(2, 2), values[2:4, [3, 0, 2, 1]])
