@@ -129,7 +129,7 @@ class Engine:
     def _open_drafting(self) -> tuple[Drafting, tuple[str, ...]]:
         """What becomes of drafts, and a sentence where that is not what was asked for; raises UsageError."""
         mode = draft_mode(self.config.draft)
-        problem = None if mode == "none" else undraftable(self.config, self.plan)
+        problem = None if mode == "none" else undraftable(self.config)
         if problem is not None:
             return Drafting(), (f"No tokens are drafted (--draft {mode}): {problem}.",)
         return Drafting(mode, StepTimes(self._observer.expected_step_ms)), ()

@@ -20,8 +20,9 @@ from slimoe.offload.graph.segment import build_segment, cut_into_segments
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.model.spec import ModelSpec
 
-_MAX_STEPS = 6
-"""So many shapes of steps are kept; one costs some 60 KB a layer."""
+_MAX_STEPS, _MAX_RECURRENT_STEPS = 6, 12
+"""So many shapes of steps are kept, more where layers are recurrent: tokens that are read again after a wrong draft are
+of any number. One costs some 60 KB a layer."""
 
 
 _Key = tuple[int, int, int, int, int]
@@ -55,7 +56,7 @@ class TieredRunner:
         self._moe_step: MoEStep | None = None
         self._single: SingleTokenSteps | None = None
         self._segments = cut_into_segments([part.layers for part in parts], cut_layers, prefetch_depth)
-        n_graphs = _MAX_STEPS * len(self._segments)
+        n_graphs = (_MAX_RECURRENT_STEPS if spec.recurrent else _MAX_STEPS) * len(self._segments)
         backends = [part.backend for part in parts]
         self._graphs = [GraphPool(one.buft, self._build, n_graphs, one.check) for one in backends]
         self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)

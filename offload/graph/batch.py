@@ -20,18 +20,12 @@ class Run:
     """Consecutive tokens of one sequence.
 
     `visible` I64 are the cells of the sequence, all different, in the order of positions, this run's own last: token i
-    of the run sees `visible[: len(visible) - n_tokens + i + 1]`. If it `is_drafted`, all but the first are guesses of
-    how an answer goes on.
+    of the run sees `visible[: len(visible) - n_tokens + i + 1]`. A run that is no answer's reads a prompt.
     """
 
     n_tokens: int
     visible: Cells
-    is_drafted: bool = False
-
-    @property
-    def is_answer(self) -> bool:
-        """Whether the run continues an answer; others read a prompt."""
-        return self.n_tokens == 1 or self.is_drafted
+    is_answer: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,14 +61,16 @@ def make_batch(
     parts: Sequence[tuple[Sequence[int], Cells]],
     n_out: int,
     states: Sequence[tuple[int, int]] = (),
-    drafted: Collection[int] = (),
+    answers: Collection[int] = (),
 ) -> Batch:
     """Makes a batch of parts: the new tokens of a sequence, and all of its cells, those of the new tokens last.
 
-    `states` are those of recurrent layers, before and after, for each part; `drafted` are the numbers of parts that
-    hold drafts.
+    `states` are those of recurrent layers, before and after, for each part; `answers` are the numbers of parts that
+    continue answers, as all of one token are thought to do.
     """
-    runs = tuple(Run(len(tokens), visible, index in drafted) for index, (tokens, visible) in enumerate(parts))
+    runs = tuple(
+        Run(len(tokens), visible, len(tokens) == 1 or index in answers) for index, (tokens, visible) in enumerate(parts)
+    )
     assert 0 < n_out <= sum(run.n_tokens for run in runs)
     assert all(0 < run.n_tokens <= len(run.visible) for run in runs)
     assert not states or (len(states) == len(runs) and len({run.n_tokens for run in runs}) == 1)

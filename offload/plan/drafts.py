@@ -1,13 +1,10 @@
-"""Why no tokens can be drafted for a model. Apart: what a plan, a trace and a lossy mode each have against it."""
+"""Why no tokens can be drafted for a model. Apart: what a trace and a lossy mode each have against it."""
 
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.plan.engine_plan import EnginePlan
 
 
-def undraftable(config: EngineConfig, plan: EnginePlan) -> str | None:
+def undraftable(config: EngineConfig) -> str | None:
     """What speaks against drafting tokens, as the end of a sentence; None where nothing does."""
-    if plan.n_states:
-        return "this model has recurrent layers, whose state cannot be cut back to the tokens that were right"
     if config.loss.lossy is not None or config.loss.max_kl:
         return "what a lossy mode gives up is measured for one token at a time"
     if config.trace is not None:

@@ -142,41 +142,55 @@ class Drafting:
         """Whether drafts are asked for at all."""
         return self.mode != "none"
 
-    def choose(self, drafts: Sequence[Draft], n_batch: int) -> list[Draft]:
+    def choose(self, drafts: Sequence[Draft], n_batch: int, n_again: int | None = None) -> list[Draft]:
         """The beginnings of drafts, one of each request that writes, that a step of at most `n_batch` tokens verifies.
 
-        All of the step together has one of `STEP_SIZES`. The likeliest tokens are taken, of whichever request.
+        All of the step together has one of `STEP_SIZES`. The likeliest tokens are taken, of whichever request. With
+        `n_again` layers are recurrent: the step reads so many tokens again, and after a wrong draft the next one reads
+        all that were right, these included.
         """
         n_writing = len(drafts)
+        n_plain = n_writing + (n_again or 0)
         if not any(draft.tokens for draft in drafts):
             return [NO_DRAFT] * n_writing
         ranked = sorted(
             ((chance, number) for number, draft in enumerate(drafts) for chance in draft.chances), reverse=True
         )
-        sizes = [size for size in STEP_SIZES if n_writing < size <= min(n_batch, n_writing + len(ranked))]
-        size = self._size(n_writing, [chance for chance, _ in ranked], sizes)
+        sizes = [size for size in STEP_SIZES if n_plain < size <= min(n_batch, n_plain + len(ranked))]
+        size = self._size(n_writing, n_again, [chance for chance, _ in ranked], sizes)
         counts = [0] * n_writing
-        for _, number in ranked[: size - n_writing]:
+        for _, number in ranked[: size - n_plain]:
             counts[number] += 1
         return [
             Draft(draft.tokens[:n], draft.chances[:n]) if n else NO_DRAFT
             for draft, n in zip(drafts, counts, strict=True)
         ]
 
-    def _size(self, n_writing: int, chances: Sequence[float], sizes: Sequence[int]) -> int:
-        """Tokens of the step, `n_writing` for one without drafts."""
+    def _size(self, n_writing: int, n_again: int | None, chances: Sequence[float], sizes: Sequence[int]) -> int:
+        """Tokens of the step, those that it has without drafts if these do not pay."""
+        n_plain = n_writing + (n_again or 0)
         if not sizes:
-            return n_writing
+            return n_plain
         if self.mode == "ngram":
-            return max((size for size in sizes if chances[size - n_writing - 1] >= _LIKELY), default=n_writing)
-        alone = self.times.seconds(n_writing)
+            return max((size for size in sizes if chances[size - n_plain - 1] >= _LIKELY), default=n_plain)
+        alone = self.times.seconds(n_plain)
         if alone is None:
-            return n_writing
-        best, most = n_writing, _KEEP_GAIN if self._is_on else _BEGIN_GAIN
+            return n_plain
+        best, most = n_plain, _KEEP_GAIN if self._is_on else _BEGIN_GAIN
         for size in sizes:
-            taken = self.times.seconds(size)
-            expected = n_writing + sum(chances[: size - n_writing])
-            if taken is not None and expected * alone > most * n_writing * taken:
+            taken, drafted = self.times.seconds(size), chances[: size - n_plain]
+            if taken is None:
+                continue
+            expected = n_writing + sum(drafted)
+            if n_again is not None:
+                taken += max(0.0, taken - alone) / len(drafted) * _expected_again(n_plain, drafted)
+            if expected * alone > most * n_writing * taken:
                 best, most = size, expected * alone / (n_writing * taken)
-        self._is_on = best > n_writing
+        self._is_on = best > n_plain
         return best
+
+
+def _expected_again(n_plain: int, chances: Sequence[float]) -> float:
+    """How many tokens the step after one of `n_plain` tokens and these drafts is expected to read again."""
+    reached = (1.0, *chances)
+    return sum((reached[n] - reached[n + 1]) * (n_plain + n) for n in range(len(chances)))

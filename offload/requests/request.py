@@ -56,7 +56,8 @@ class Generator:
 
     The scheduler sets `sequence`, the request's tokens, when the request becomes active, and `has_company` when others
     are active at the same time. `is_over` is true once `Finished` was made. Of the tokens that were read last,
-    `n_rejected` are drafts that the answer has not followed, which the scheduler takes out of the sequence. Raises
+    `n_rejected` are drafts that the answer has not followed, which the scheduler takes out of the sequence; what else
+    it has to take out with them it hands to `read_again`. Raises
     UsageError for a prompt or parameters that make no sense, and ContextOverflowError for a prompt that is too long.
     """
 
@@ -82,6 +83,7 @@ class Generator:
         self._drafts: TextDrafts | None = None
         self.n_rejected = 0
         self._drawn = -1
+        self._again: tuple[int, ...] = ()
         self._prompt_seconds = 0.0
         self._begin: float | None = None
         self._counted: dict[str, float] = {}
@@ -115,6 +117,15 @@ class Generator:
 
     # --- what to read --------------------------------------------------------------------------------------
 
+    @property
+    def n_again(self) -> int:
+        """Tokens of the answer, before the one drawn last, that are no longer in the sequence."""
+        return len(self._again)
+
+    def read_again(self, tokens: tuple[int, ...]) -> None:
+        """Notes that the last tokens of the answer but the one drawn last are no longer in the sequence."""
+        self._again = tokens
+
     def skip(self, n_known: int) -> None:
         """Notes that the first `n_known` tokens of the prompt are in the sequence already."""
         if self._begin is None:
@@ -132,13 +143,15 @@ class Generator:
             return NO_DRAFT
         if self._drafts is None:
             self._drafts = TextDrafts()
-        self._drafts.go_on([*self.sequence.tokens[len(self._drafts) :].tolist(), self._drawn])
+        text = [*self.sequence.tokens[len(self._drafts) :].tolist(), *self._again, self._drawn]
+        n_new = len(self.sequence) + self.n_again + 1 - len(self._drafts)
+        self._drafts.go_on(text[len(text) - n_new :])
         return self._drafts.propose(n_most)
 
     def next_tokens(self, n_most: int) -> tuple[int, ...]:
-        """The tokens to read next: at most `n_most` of the prompt, or the token drawn last."""
+        """The tokens to read next: at most `n_most` of the prompt, or of the answer all that the sequence lacks."""
         if not self.is_reading:
-            return (self._drawn,)
+            return (*self._again, self._drawn)
         n_tokens = min(n_most, _LOGPROB_BATCH) if self.request.prompt_logprobs else n_most
         return self.request.prompt_ids[self._n_done : self._n_done + n_tokens]
 
@@ -165,7 +178,9 @@ class Generator:
             if self._n_predicted >= self._max_tokens:
                 return [*events, self.finish("length")]
             return events + self._draw(logits[-1])
-        return self._verify(tokens[1:], logits)
+        # Logits of what was read again are computed too: graphs are built for few numbers of tokens and rows.
+        n_again, self._again = self.n_again, ()
+        return self._verify(tokens[n_again + 1 :], logits[n_again:])
 
     def _verify(self, drafted: tuple[int, ...], logits: Logits) -> list[Event]:
         """Draws a token from each row of logits, as long as those before are what was drafted."""

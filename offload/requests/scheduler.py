@@ -6,6 +6,9 @@ part of a prompt takes, and no prompt waits behind a long one.
 
 Where layers are recurrent, all sequences of a step read equally many tokens: steps that decode and steps that read a
 prompt take turns. A prompt's parts end where others may go on from: behind each part, and a little before its end.
+There drafts are verified while one request writes alone. When one was wrong the sequence goes on from the state before
+the step: the next one reads the tokens that were right again, whose experts have just been used. This takes no memory,
+and no time where all were right, while a state for each drafted token would be written in every step.
 """
 
 import time
@@ -41,12 +44,12 @@ class _Part(NamedTuple):
     job: Generator
     sequence: Sequence
     tokens: tuple[int, ...]
-    is_drafted: bool = False
-    """Whether all tokens but the first are drafts."""
+    n_drafted: int = 0
+    """How many of the tokens, from the last, are drafts."""
 
     def without_draft(self) -> "_Part":
         """The same without the tokens that need not be read."""
-        return _Part(self.job, self.sequence, self.tokens[:1]) if self.is_drafted else self
+        return _Part(self.job, self.sequence, self.tokens[: len(self.tokens) - self.n_drafted])
 
 
 class Scheduler:
@@ -68,7 +71,6 @@ class Scheduler:
     ) -> None:
         assert 1 <= n_parallel <= n_batch
         self._drafting, self._prompts = drafting or Drafting(), prompts
-        assert not (self._drafting.is_wanted and cells.has_states), "states cannot be cut as cells can"
         self._cells, self._compute = cells, compute
         self._n_parallel, self._n_batch = n_parallel, n_batch
         self._waiting: deque[Generator] = deque()
@@ -138,8 +140,11 @@ class Scheduler:
         writing = [job for job in self._active if not job.is_reading]
         parts = [_part(job, 1) for job in writing]
         reading = next((job for job in self._active if job.is_reading), None)
+        if self._cells.has_states:
+            parts = _equally_long(parts)
         if reading is None:
-            return self._with_drafts(parts) if self._drafting.is_wanted else parts
+            may_draft = self._drafting.is_wanted and (len(writing) == 1 or not self._cells.has_states)
+            return self._with_drafts(parts) if may_draft else parts
         if self._cells.has_states:
             self._has_decoded = bool(writing) and not self._has_decoded
             if self._has_decoded:
@@ -162,10 +167,12 @@ class Scheduler:
 
     def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
         """The same with the drafts that are worth being verified in this step."""
-        n_most = max(0, min(MOST_DRAFTED, self._n_batch - len(parts)))
-        chosen = self._drafting.choose([part.job.draft(n_most) for part in parts], self._n_batch)
+        n_most = max(0, min(MOST_DRAFTED, self._n_batch - sum(len(part.tokens) for part in parts)))
+        drafts = [part.job.draft(n_most) for part in parts]
+        n_again = parts[0].job.n_again if self._cells.has_states else None
+        chosen = self._drafting.choose(drafts, self._n_batch, n_again)
         return [
-            part._replace(tokens=part.tokens + draft.tokens, is_drafted=bool(draft.tokens))
+            part._replace(tokens=part.tokens + draft.tokens, n_drafted=len(draft.tokens))
             for part, draft in zip(parts, chosen, strict=True)
         ]
 
@@ -192,9 +199,9 @@ class Scheduler:
             self._cells.append(part.sequence, part.tokens)
         n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
         moves = [move for part in parts for move in part.sequence.moves]
-        drafted = [index for index, part in enumerate(parts) if part.is_drafted]
+        answers = [index for index, part in enumerate(parts) if not part.job.is_reading]
         inputs = [(part.tokens, part.sequence.cells) for part in parts]
-        batch = make_batch(inputs, max(1, sum(n_rows)), moves, drafted)
+        batch = make_batch(inputs, max(1, sum(n_rows)), moves, answers)
         is_timed, begin = not any(part.job.is_reading for part in parts), time.perf_counter()
         # Only a request alone may stop a step half-way, and only in its prompt: one token is over soon enough.
         may_stop = len(parts) == 1 and parts[0].job.is_reading
@@ -204,7 +211,7 @@ class Scheduler:
             self._undo(parts, before)
             return [self._cancel(part.job) for part in parts]
         except ReadFailedError as error:
-            if len(parts) == 1 and not drafted:
+            if len(parts) == 1 and not parts[0].n_drafted:
                 return [self._fail(parts[0].job, error)]
             # Only who needs what cannot be read shall fail.
             self._undo(parts, before)
@@ -231,10 +238,13 @@ class Scheduler:
             events = job.take(part.tokens, logits)
         except Exception as error:
             return [self._fail(job, error)]
-        if part.is_drafted:
-            self._drafting.n_accepted += len(part.tokens) - 1 - job.n_rejected
+        if part.n_drafted:
+            self._drafting.n_accepted += part.n_drafted - job.n_rejected
         if job.n_rejected:
-            self._cells.truncate(part.sequence, len(part.sequence) - job.n_rejected)
+            right = part.tokens[: len(part.tokens) - job.n_rejected]
+            n_wanted = len(part.sequence) - job.n_rejected
+            self._cells.truncate(part.sequence, n_wanted)
+            job.read_again(right[len(right) - (n_wanted - len(part.sequence)) :])
             job.n_rejected = 0
         if job.is_over:
             self._retire(job)
@@ -267,6 +277,12 @@ class Scheduler:
         """Lets be kept on disk what was computed, unless it was only to be scored."""
         if self._prompts is not None and job.sequence is not None and job.shareable:
             self._prompts.note(job.sequence, is_done=is_done)
+
+
+def _equally_long(parts: list[_Part]) -> list[_Part]:
+    """The parts that have most tokens: those of others wait for a step, while a request reads tokens again."""
+    longest = max((len(part.tokens) for part in parts), default=0)
+    return [part for part in parts if len(part.tokens) == longest]
 
 
 def _part(job: Generator, n_most: int) -> _Part:

@@ -7,6 +7,7 @@ import numpy as np
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.runner import Logits
+from slimoe.offload.memory.cells import NO_TOKENS
 
 N_VOCAB = 97
 
@@ -30,11 +31,15 @@ def answer_to(prompt: Sequence[int], n_tokens: int, follow: Callable[[Sequence[i
 
 
 class HistoryModel:
-    """Stands in for the engine's runner, and keeps the batches it was given; `follow` gives the likeliest token."""
+    """Stands in for the engine's runner, and keeps the batches it was given; `follow` gives the likeliest token.
+
+    A state holds the tokens that were read into it, which must be those before a run that goes on from it.
+    """
 
     def __init__(self, n_cells: int, follow: Callable[[Sequence[int]], int] = next_token) -> None:
         self._follow = follow
         self.cells = np.full(n_cells, -1, np.int32)
+        self.states: dict[int, list[int]] = {NO_TOKENS: []}
         self.batches: list[Batch] = []
         self.could_abort: list[bool] = []
         self.before_each: Callable[[Batch], None] = lambda batch: None
@@ -53,6 +58,10 @@ class HistoryModel:
         self.could_abort.append(is_cancelled is not None)
         self.before_each(batch)
         self.cells[batch.cells] = batch.tokens
+        for run, (before, after) in zip(batch.runs, batch.states, strict=False):
+            history = self.cells[run.visible].tolist()
+            assert self.states[before] == history[: -run.n_tokens]
+            self.states[after] = history
         if is_cancelled is not None and is_cancelled():
             self.cells[batch.cells] = -1
             raise EngineAbortedError

@@ -208,19 +208,53 @@ def test_counts_what_was_computed(demos: tuple[Engine, Engine]) -> None:
     assert engine.snapshot().work.total.n_predicted - before == 29
 
 
-# --- where nothing is drafted -------------------------------------------------------------------------------
+# --- recurrent layers ---------------------------------------------------------------------------------------
+
+RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe")
 
 
-def test_recurrent_layers_say_why_not(tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=RECURRENT)
+def recurrent_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
-    path = write_family(tmp_path / "m.gguf", "lfm2moe", shape=shape)
-    with closing(Engine.open(config(path, draft="ngram"))) as engine:
-        assert any("--draft ngram" in note and "recurrent" in note for note in engine.notes)
-        (said,) = answers(engine, request(max_tokens=20))
-        assert len(said.tokens) == 20
-        assert said.finished.timings.draft_n == 0
-    with closing(Engine.open(config(path))) as engine:
-        assert not any("--draft" in note for note in engine.notes)
+    return write_family(tmp_path_factory.mktemp("recurrent") / "m.gguf", request.param, shape=shape)
+
+
+@pytest.mark.parametrize("kind", ["resident", "read from disk"])
+def test_recurrent_layers_go_on_from_the_tokens_that_were_right(recurrent_model: Path, kind: str) -> None:
+    with (
+        closing(open_engine(kind, recurrent_model, "none")) as plain,
+        closing(open_engine(kind, recurrent_model, "ngram")) as drafting,
+    ):
+        assert not drafting.notes
+        n_right = n_wrong = 0
+        for asked in REQUESTS.values():
+            (wanted,), (drafted,) = (answers(engine, asked) for engine in (plain, drafting))
+            assert drafted.tokens == wanted.tokens
+            assert drafted.logprobs == pytest.approx(wanted.logprobs, abs=1e-3)
+            timings = drafted.finished.timings
+            assert drafted.n_steps == wanted.n_steps - timings.draft_n_accepted
+            n_right += timings.draft_n_accepted
+            n_wrong += timings.draft_n - timings.draft_n_accepted
+        assert n_right > 20
+        assert n_wrong > 3
+        # The next one goes on from what is left of the last answer.
+        follow_up = request(prompt_ids=(*REQUESTS["greedy"].prompt_ids, *wanted.tokens, *TEXT))
+        assert answers(drafting, follow_up)[0].tokens == answers(plain, follow_up)[0].tokens
+
+
+def test_recurrent_layers_beside_each_other(recurrent_model: Path) -> None:
+    with (
+        closing(open_engine("resident", recurrent_model, "none")) as plain,
+        closing(open_engine("resident", recurrent_model, "ngram")) as drafting,
+    ):
+        requests = [replace(one, max_tokens=30) for one in REQUESTS.values()]
+        requests[0] = replace(requests[0], max_tokens=150)
+        wanted, drafted = (answers(engine, *requests) for engine in (plain, drafting))
+    assert [one.tokens for one in drafted] == [one.tokens for one in wanted]
+    assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 0
+
+
+# --- where nothing is drafted -------------------------------------------------------------------------------
 
 
 def test_recordings_and_lossy_modes_say_why_not(tmp_path: Path) -> None:

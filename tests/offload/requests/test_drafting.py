@@ -31,10 +31,11 @@ class Run:
     n_parallel: int = 4
     n_batch: int = 64
     n_ctx: int = 400
+    n_states: int = 0
     cancelled: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.cells = Cells(2000)
+        self.cells = Cells(2000, self.n_states)
         self.model = HistoryModel(2000, self.follow)
         drafting = Drafting(self.mode)
         self.scheduler = Scheduler(self.cells, self.model.compute, self.n_parallel, self.n_batch, drafting)
@@ -69,6 +70,11 @@ class Run:
         return end
 
 
+def _is_drafted(batch: Batch) -> bool:
+    run = batch.runs[0]
+    return run.is_answer and run.n_tokens > 1
+
+
 def greedy(prompt: Sequence[int], max_tokens: int | None = 120) -> GenerationRequest:
     return GenerationRequest(tuple(prompt), max_tokens, GREEDY)
 
@@ -94,9 +100,10 @@ def test_steps_have_few_sizes() -> None:
     assert all(batch.n_out == batch.n_tokens for batch in run.model.batches[3:])
 
 
+@pytest.mark.parametrize("n_states", [0, 16], ids=["attention", "recurrent"])
 @pytest.mark.parametrize("n_batch", [4, 5, 64])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
-def test_with_a_seed_the_answers_are_the_same(temperature: float, n_batch: int) -> None:
+def test_with_a_seed_the_answers_are_the_same(temperature: float, n_batch: int, n_states: int) -> None:
     """Also beside each other, with penalties, and up to the end of the context window."""
     draw = random.Random(7)
     requests = [
@@ -107,13 +114,43 @@ def test_with_a_seed_the_answers_are_the_same(temperature: float, n_batch: int) 
         )
         for seed in range(12)
     ]
-    plain, drafted = (Run(mode, n_batch=n_batch).answer(*requests) for mode in ("none", "ngram"))
+    plain, drafted = (Run(mode, n_batch=n_batch, n_states=n_states) for mode in ("none", "ngram"))
+    for run in (plain, drafted):
+        run.answer(*requests)
     assert drafted.tokens == plain.tokens
     for id, job in enumerate(drafted.jobs):
         assert drafted.finished(id).reason == plain.finished(id).reason
-        assert job.tokens.tolist() == plain.jobs[id].tokens.tolist()
-    assert sum(drafted.finished(id).timings.draft_n_accepted for id in range(12)) > (100 if n_batch > 5 else 50)
+        tokens, wanted = job.tokens.tolist(), plain.jobs[id].tokens.tolist()
+        assert tokens == (wanted[: len(tokens)] if n_states else wanted)
+        assert len(wanted) - len(tokens) <= MOST_DRAFTED
+    n_least = 20 if n_states else 100 if n_batch > 5 else 50
+    assert sum(drafted.finished(id).timings.draft_n_accepted for id in range(12)) > n_least
     assert max(batch.n_tokens for batch in drafted.model.batches) <= n_batch
+    assert drafted.cells.n_unused == drafted.cells.n_cells
+
+
+def test_tokens_before_a_wrong_draft_are_read_again_where_layers_are_recurrent() -> None:
+    plain, cut, recurrent = Run("none"), Run("ngram"), Run("ngram", n_states=8)
+    for run in (plain, cut, recurrent):
+        run.answer(greedy((1, 2, 3)))
+    assert recurrent.tokens == cut.tokens == plain.tokens
+    timings = recurrent.finished().timings
+    assert len(recurrent.model.batches) == 120 - timings.draft_n_accepted < 80
+    n_again = recurrent.model.n_read - cut.model.n_read
+    assert 0 < n_again <= MOST_DRAFTED * len(recurrent.model.batches) // 4
+    assert max(batch.n_tokens for batch in recurrent.model.batches) <= STEP_SIZES[-1]
+
+
+def test_who_begins_to_write_waits_while_another_reads_again_where_layers_are_recurrent() -> None:
+    run = Run("ngram", n_states=16)
+    run.submit(greedy((1, 2, 3)))
+    while not run.jobs[0].n_again:
+        run.step()
+    run.answer(greedy((4, 2, 3)))
+    assert run.tokens == [answer_to((first, 2, 3), 120, repeating_token) for first in (1, 4)]
+    together = [batch for batch in run.model.batches if len(batch.runs) == 2]
+    assert {batch.n_tokens for batch in together} == {2}, "drafts are verified for one that writes alone"
+    assert len(together) > 60
 
 
 def test_the_sequence_holds_what_was_answered() -> None:
@@ -157,13 +194,14 @@ def test_cancelling_between_steps() -> None:
     assert run.cells.n_unused == run.cells.n_cells
 
 
-def test_what_only_a_draft_needs_may_be_unreadable() -> None:
+@pytest.mark.parametrize("n_states", [0, 8], ids=["attention", "recurrent"])
+def test_what_only_a_draft_needs_may_be_unreadable(n_states: int) -> None:
     """The step is made again without drafts."""
-    run, n_failed = Run("ngram"), 0
+    run, n_failed = Run("ngram", n_states=n_states), 0
 
     def fail(batch: Batch) -> None:
         nonlocal n_failed
-        if batch.runs[0].is_drafted:
+        if _is_drafted(batch):
             n_failed += 1
             raise ReadFailedError("the disk is broken")
 
@@ -174,14 +212,15 @@ def test_what_only_a_draft_needs_may_be_unreadable() -> None:
     assert run.finished().timings.draft_n == 0
 
 
+@pytest.mark.parametrize("n_states", [0, 8], ids=["attention", "recurrent"])
 @pytest.mark.parametrize("place", range(60, 76, 3))
-def test_what_comes_before_an_error_is_given_out(place: int) -> None:
+def test_what_comes_before_an_error_is_given_out(place: int, n_states: int) -> None:
     """Also where both are in one step."""
 
     def spoil(batch: Batch, logits: Logits) -> None:
         logits[batch.positions[-batch.n_out :] == place] = np.nan
 
-    runs = Run("none"), Run("ngram")
+    runs = Run("none", n_states=n_states), Run("ngram", n_states=n_states)
     for run in runs:
         run.model.after_each = spoil
         run.answer(greedy((1, 2, 3)))
@@ -197,7 +236,7 @@ def test_while_a_prompt_is_read_nothing_is_drafted() -> None:
     run = Run("ngram", n_batch=32)
     run.submit(greedy((1, 2, 3)))
     run.step()
-    while not run.model.batches[-1].runs[0].is_drafted:
+    while not _is_drafted(run.model.batches[-1]):
         run.step()
     run.submit(greedy(range(60), 2))
     run.step()
@@ -239,8 +278,8 @@ def draft(chance: float, n: int = MOST_DRAFTED) -> Draft:
     return Draft(tuple(range(n)), tuple(chance**power for power in range(1, n + 1)))
 
 
-def sizes(drafting: Drafting, *drafts: Draft, n_batch: int = 512) -> list[int]:
-    chosen = drafting.choose(drafts, n_batch)
+def sizes(drafting: Drafting, *drafts: Draft, n_batch: int = 512, n_again: int | None = None) -> list[int]:
+    chosen = drafting.choose(drafts, n_batch, n_again)
     assert all(one.tokens == given.tokens[: len(one.tokens)] for one, given in zip(chosen, drafts, strict=True))
     return [len(one.tokens) for one in chosen]
 
@@ -347,6 +386,18 @@ def test_the_likeliest_tokens_of_all_requests_are_taken() -> None:
     assert sizes(drafting, draft(0.9), draft(0.1), draft(0.8)) == [4, 0, 1]
     assert sizes(drafting, draft(0.9), Draft(), draft(0.8), n_batch=7) == [1, 0, 0]
     assert sizes(drafting, *[draft(0.9)] * 20) == [0] * 20
+
+
+def test_reading_again_is_a_price_where_layers_are_recurrent() -> None:
+    """Of one draft with the chance 0.6, 0.4 tokens are read again, each for 0.3 of a step."""
+    by_size = {1: 1.0, 2: 1.3, 4: 9.0, 8: 9.0, 16: 9.0}
+    assert sizes(Drafting("auto", times(by_size)), draft(0.47)) == [1]
+    assert sizes(Drafting("auto", times(by_size)), draft(0.47), n_again=0) == [0], "1.47 tokens in 1.3 + 0.53 * 0.3"
+    assert sizes(Drafting("auto", times(by_size)), draft(0.6), n_again=0) == [1]
+    by_size = {1: 1.0, 2: 1.3, 3: 1.3, 4: 1.4, 8: 9.0, 16: 9.0}
+    assert sizes(Drafting("auto", times(by_size)), draft(0.9), n_again=2) == [1]
+    assert sizes(Drafting("auto", times(by_size)), draft(0.9), n_again=15) == [0]
+    assert sizes(Drafting("ngram"), draft(0.99), n_again=6) == [9]
 
 
 def test_ngram_takes_what_is_rather_right_than_wrong() -> None:
