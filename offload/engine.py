@@ -28,16 +28,17 @@ from slimoe.offload.memory.cells import Cells, common_prefix
 from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.memory.prompt_folder import PromptFolder
 from slimoe.offload.memory.prompt_record import RecordForm
-from slimoe.offload.model.number_check import check_numbers
+from slimoe.offload.model.model_file import check_numbers
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
-from slimoe.offload.plan.drafts import undraftable
+from slimoe.offload.plan.drafts import no_block, undraftable
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
 from slimoe.offload.printable import say
 from slimoe.offload.requests.drafting import Drafting, StepTimes, draft_mode
+from slimoe.offload.requests.mtp_drafts import MtpDrafts
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots
@@ -87,7 +88,10 @@ class Engine:
             self._drafting, self._draft_notes = self._open_drafting()
             self._prompts = self._open_prompts(opened)
             reading = plan.n_parallel, plan.n_batch
-            self._scheduler = Scheduler(self.cells, self._compute, *reading, self._drafting, self._prompts)
+            mtp = None
+            if plan.mtp is not None and self._drafting.is_wanted:
+                mtp = MtpDrafts(lambda: self._model.block, lambda: self._model.runner.hidden, self.cells)
+            self._scheduler = Scheduler(self.cells, self._compute, *reading, self._drafting, self._prompts, mtp)
             self.slots = Slots(self._identity, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx, self._prompts)
             self._opened = opened.pop_all()
 
@@ -130,6 +134,8 @@ class Engine:
         """What becomes of drafts, and a sentence where that is not what was asked for; raises UsageError."""
         mode = draft_mode(self.config.draft)
         problem = None if mode == "none" else undraftable(self.config)
+        if mode == "mtp" and problem is None and self.plan.mtp is None:
+            problem = no_block(self.plan.devices)
         if problem is not None:
             return Drafting(), (f"No tokens are drafted (--draft {mode}): {problem}.",)
         return Drafting(mode, StepTimes(self._observer.expected_step_ms)), ()

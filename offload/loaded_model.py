@@ -3,20 +3,25 @@
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Protocol
+
+from gguf import GGMLQuantizationType
 
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.device_experts import DeviceExperts
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.runner import Logits, Runner
+from slimoe.offload.graph.mtp import MtpRunner, MtpWeights
+from slimoe.offload.graph.runner import Hidden, Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
-from slimoe.offload.graph.weights import ModelWeights, WeightStore, load_weights
-from slimoe.offload.memory.kv_cache import kv_type
+from slimoe.offload.graph.weights import Linear, ModelWeights, WeightStore, WeightSubset, load_weights
+from slimoe.offload.memory.kv_cache import KVCache, kv_type
 from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
+from slimoe.offload.model.mtp_block import MtpBlock
 from slimoe.offload.model.regrouped import join_layers
-from slimoe.offload.model.tensors import ModelSources
+from slimoe.offload.model.tensors import LinearSource, ModelSources
 from slimoe.offload.open_tiers import Tiers, open_tiers
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import EnginePlan
@@ -33,6 +38,10 @@ class StepRunner(Protocol):
     def compute_bytes(self) -> int:
         """Bytes of all intermediate results in host memory."""
 
+    @property
+    def hidden(self) -> Hidden:
+        """The last hidden states of all tokens of the step before, [n_tokens, n_embd], where they are wanted."""
+
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] | None = None) -> Logits:
         """Reads a batch; F32 logits [n_out, n_vocab]."""
 
@@ -43,11 +52,13 @@ class StepRunner(Protocol):
 class LoadedModel:
     """A model in memory: owns the backend, the weights, the KV cache and the tiers, if there are any.
 
-    `runner` computes its steps; `store` has the weights of a model that is all in host memory, else it is None.
+    `runner` computes its steps; `store` has the weights of a model that is all in host memory, else it is None. `mtp`
+    computes those of the block that drafts tokens, None where nothing does.
     """
 
     runner: StepRunner
     store: WeightStore | None = None
+    mtp: MtpRunner | None = None
 
     def __init__(
         self, config: EngineConfig, plan: EnginePlan, on_progress: Progress, carried: Carried | None = None
@@ -74,17 +85,38 @@ class LoadedModel:
                 sources = plan.sources if forms.mode == "mapped" else join_layers(plan.sources)
                 weights = FormedWeights(self.store, sources, forms, table)
                 self.store.release_staging()
-                self.runner = Runner(plan.spec, self.backend, cache, weights.of, rows, plan.n_batch, carried.uses)
+                self.runner = Runner(
+                    plan.spec,
+                    self.backend,
+                    cache,
+                    weights.of,
+                    rows,
+                    plan.n_batch,
+                    carried.uses,
+                    has_hidden=plan.mtp is not None,
+                )
                 opened.callback(self.runner.close)
+                single = weights.of(1)
             else:
                 self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, carried)
                 self.runner = self.tiers.runner
+                single = self.tiers.runner.parts[0].weights
+            if plan.mtp is not None:
+                self.mtp = open_mtp(
+                    plan, plan.mtp, self.backend, single, kv_type(config.context.kv_type), opened, counter
+                )
             self._opened = opened.pop_all()
 
     def memory(self) -> dict[str, int]:
         """Bytes by tier, as planned and allocated, and the process's peak."""
         held = self._plan.host_bytes if self.tiers is None else self.tiers.memory()
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
+
+    @property
+    def block(self) -> MtpRunner:
+        """What runs the block that drafts tokens, which there must be."""
+        assert self.mtp is not None
+        return self.mtp
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -128,6 +160,42 @@ class LoadedModel:
     def close(self) -> None:
         """Frees everything."""
         self._opened.close()
+
+
+def open_mtp(
+    plan: EnginePlan,
+    block: MtpBlock,
+    backend: CpuBackend,
+    model: ModelWeights,
+    kind: GGMLQuantizationType,
+    opened: ExitStack,
+    count: Callable[[int], None],
+) -> MtpRunner:
+    """Loads a block that predicts tokens, whole, with keys and values of `kind`; `opened` closes all of it.
+
+    What it has no output of its own for is the model's. Raises DoesNotFitError.
+    """
+    rows = TokenRows(plan.gguf, block.sources.token_embd, backend, plan.n_batch)
+    opened.callback(rows.close)
+    cache = opened.enter_context(closing(KVCache(block.spec, plan.n_cells, kind, backend, {block.index})))
+    store = opened.enter_context(closing(WeightStore(plan.gguf, block.sources, count, backend)))
+    sources = join_layers(block.sources)
+    weights = load_weights(store, sources, lambda _: "copied", rows.tensor, WeightSubset((block.index,), output=False))
+
+    def linear(source: LinearSource) -> Linear:
+        return Linear(store.weight(source.weight, "copied"), store.weight(source.bias, "copied") if source.bias else 0)
+
+    ends = replace(
+        weights,
+        output=linear(sources.output) if block.has_output else model.output,
+        output_norm=linear(sources.output_norm) if block.has_output_norm else model.output_norm,
+    )
+    norms = (store.weight(norm, "copied") for norm in (block.token_norm, block.hidden_norm))
+    runner = MtpRunner(
+        block.spec, backend, cache, MtpWeights(ends, linear(block.joint), *norms), rows, plan.n_batch, plan.n_parallel
+    )
+    opened.callback(runner.close)
+    return runner
 
 
 class FormedWeights:

@@ -212,8 +212,8 @@ class _Opening:
         parts = [self._device_part(device, backend, prefetch_depth) for device, backend in by_device]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
         experts = [part.experts for part in parts if part.experts is not None]
-        n_out = most_logit_rows(plan.n_batch, plan.n_parallel)
-        runner = TieredRunner(plan.spec, parts, self._cut, prefetch_depth, self._rows, plan.n_batch, n_out)
+        sizes, is_watched = (plan.n_batch, most_logit_rows(plan.n_batch, plan.n_parallel)), plan.mtp is not None
+        runner = TieredRunner(plan.spec, parts, self._cut, prefetch_depth, self._rows, *sizes, has_hidden=is_watched)
         self._opened.callback(runner.close)
         reader = host_pool = lossy = None
         taken = 0
@@ -390,6 +390,7 @@ class _Opening:
         plan, spec, told = self._plan, self._plan.spec, (self._policy, self._carried.uses)
         sources = [plan.sources.layers[index] for index in self._cut]
         has_more = spec.architecture.is_down_wide or any(one.expert_biases or one.expert_scales for one in sources)
+        has_more |= plan.mtp is not None  # which reads the hidden states of all steps
         if plan.devices or plan.lossy or self._config.trace or has_more or not host_pool.has_all or plan.tiers is None:
             return None
         needed = single_token_bytes(spec, plan.layers) + compute_bytes(spec, plan.n_cells, 1)

@@ -109,7 +109,7 @@ def table(document: Mapping[str, Mapping[str, Mapping[str, float | bool]]]) -> T
 
 @click.command()
 @click.option("--model", default="design8", show_default=True, help="A file with a tokenizer, or a random shape.")
-@click.option("--draft", type=click.Choice(["auto", "ngram"]), default="auto", show_default=True)
+@click.option("--draft", type=click.Choice(["auto", "ngram", "mtp"]), default="auto", show_default=True)
 @click.option("--ratio", "ratios", multiple=True, type=click.FloatRange(0), default=(0.0, 1.4), show_default=True)
 @click.option("--text", "names", multiple=True, type=click.Choice(list(texts())), help="[default: all]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)

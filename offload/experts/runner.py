@@ -33,6 +33,7 @@ _Key = tuple[int, int, int, int, int]
 class _Prepared:
     graph: int
     logits: int
+    hidden: int
 
 
 class TieredRunner:
@@ -40,6 +41,8 @@ class TieredRunner:
 
     With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
     `n_batch` and `n_out` are the most tokens and rows of logits of a step; a device has memory for them from the start.
+    With `has_hidden`, for a model on the CPU, each step leaves the last hidden states of all its tokens in `hidden`
+    [n_tokens, n_embd], which the next one overwrites.
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class TieredRunner:
         rows: TokenRows | None,
         n_batch: int,
         n_out: int,
+        *,
+        has_hidden: bool = False,
     ) -> None:
+        self._has_hidden, self.hidden = has_hidden, np.empty(0, np.float32)
         self.spec, self.parts, self._rows = spec, parts, rows
         self._moe_step: MoEStep | None = None
         self._single: SingleTokenSteps | None = None
@@ -118,9 +124,13 @@ class TieredRunner:
             if segment.end == "router":
                 assert self._moe_step is not None
                 is_last = segment.last == self.spec.n_layer - 1
-                self._moe_step.run(segment, batch.n_out if is_last else batch.n_tokens, is_cancelled)
+                n_rows = batch.n_out if is_last and not self._has_hidden else batch.n_tokens
+                self._moe_step.run(segment, n_rows, is_cancelled)
         if self._moe_step is not None:
             self._moe_step.end()
+        if self._has_hidden:
+            hidden = ggml.ggml_get_data(prepared.hidden)
+            self.hidden = ggml.array_at(hidden, np.float32, batch.n_tokens, self.spec.n_embd)
         if part.backend.is_host:
             return ggml.array_at(ggml.ggml_get_data(prepared.logits), np.float32, batch.n_out, self.spec.n_vocab)
         logits = np.empty((batch.n_out, self.spec.n_vocab), np.float32)
@@ -158,10 +168,10 @@ class TieredRunner:
                     exchange.write(name, mask)
 
     def _build(self, key: _Key) -> BuiltGraph[_Prepared]:
-        segment, shape = self._segments[key[0]], StepShape(*key[1:])
+        segment, shape = self._segments[key[0]], StepShape(*key[1:], self._has_hidden)
         part = self.parts[segment.part]
         built = build_segment(self.spec, part.weights, part.cache, shape, part.exchange, segment)
-        return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits))
+        return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits, built.hidden))
 
     def close(self) -> None:
         """Frees the graphs; weights, exchanges and experts' memory are their owners' business."""

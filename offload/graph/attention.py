@@ -14,13 +14,15 @@ from slimoe.offload.model.spec import ModelSpec
 class StepShape:
     """What makes one graph differ from another: tokens read, cache cells looked at, rows of logits wanted.
 
-    Where layers are recurrent, the tokens are of `n_runs` sequences, the same number of each; else it is 0.
+    Where layers are recurrent, the tokens are of `n_runs` sequences, the same number of each; else it is 0. With
+    `has_hidden` the last hidden states of all tokens are wanted, not only of those whose logits are.
     """
 
     n_tokens: int
     n_kv: int
     n_out: int
     n_runs: int = 0
+    has_hidden: bool = False
 
     @classmethod
     def of(cls, batch: Batch) -> "StepShape":
@@ -28,9 +30,14 @@ class StepShape:
         return cls(batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states))
 
     @property
+    def n_last(self) -> int:
+        """Tokens, counted from the last, that leave the last layer."""
+        return self.n_tokens if self.has_hidden else self.n_out
+
+    @property
     def n_queries(self) -> int:
         """Tokens, counted from the last, whose queries the last layer computes."""
-        return min(self.n_tokens, max(self.n_out, ggml.BATCH_QUERIES))
+        return min(self.n_tokens, max(self.n_last, ggml.BATCH_QUERIES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,15 @@ class AttentionBuilder:
             joined = int(ggml.ggml_mul(ctx, joined, ggml.ggml_sigmoid(ctx, gate)))
         return add_linear(ctx, layer.attn_output, joined)
 
+    def store(self, index: int, layer: LayerWeights, hidden: int) -> None:
+        """Stores keys and values of layer `index` for its normalised input, whose output nobody wants."""
+        key, value = (add_linear(self.ctx, layer.qkv[part], hidden) for part in (1, -1))
+        key, value = self._key_and_value(index, layer, key, value)
+        self._store(
+            self.cache.keys[index], self._normed_head(self._rope(key, self.inputs.positions, index), layer.k_norm)
+        )
+        self._store(self.cache.values[index], value)
+
     def _last(self, vector: int, n: int) -> int:
         """The last `n` elements, of 4 bytes each, of a vector of one for each token."""
         n_before = self.shape.n_tokens - n
@@ -114,7 +130,7 @@ class AttentionBuilder:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens], and the gate
         [n_output, n_queries] of what attention makes of them, 0 without one.
         """
-        ctx, spec, n_tokens, own = self.ctx, self.spec, self.shape.n_tokens, self.spec.attention_of(index)
+        ctx, n_tokens, own = self.ctx, self.shape.n_tokens, self.spec.attention_of(index)
         if len(layer.qkv) > 1:
             seen = [last_rows(ctx, hidden, n_rows) for n_rows in (n_queries, n_tokens, n_tokens)]
             parts = [add_linear(ctx, linear, rows) for linear, rows in zip(layer.qkv, seen, strict=False)]
@@ -128,11 +144,16 @@ class AttentionBuilder:
                 begin += 4 * width
         gate = self._gate(parts[0]) if own.is_gated else 0
         query = self._heads(parts[0], layer.q_norm, own.n_head, own.n_embd_head)
-        key = self._heads(parts[1], layer.k_norm, own.n_head_kv, own.n_embd_head)
-        value = self._heads(parts[-1], 0, own.n_head_kv, own.n_embd_head)
-        if spec.architecture.norms_values:
-            value = int(ggml.ggml_rms_norm(ctx, value, spec.rms_eps))
-        return query, key, value, gate
+        return query, *self._key_and_value(index, layer, parts[1], parts[-1]), gate
+
+    def _key_and_value(self, index: int, layer: LayerWeights, key: int, value: int) -> tuple[int, int]:
+        """Rows of keys and values [n_embd_head * n_head_kv, n] as heads, each normalised where there is a norm."""
+        own = self.spec.attention_of(index)
+        keys = self._heads(key, layer.k_norm, own.n_head_kv, own.n_embd_head)
+        values = self._heads(value, 0, own.n_head_kv, own.n_embd_head)
+        if self.spec.architecture.norms_values:
+            values = int(ggml.ggml_rms_norm(self.ctx, values, self.spec.rms_eps))
+        return keys, values
 
     def _gate(self, rows: int) -> int:
         """The second half of each head of rows [2 * n_embd_head * n_head, n], [n_embd_head * n_head, n]."""

@@ -1,7 +1,7 @@
 """Runs steps of a resident model: keeps a graph per shape, fills its inputs, computes, and returns the logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from slimoe.offload.memory.kv_cache import KVCache
 from slimoe.offload.model.spec import ModelSpec
 
 Logits = NDArray[np.float32]
+Hidden = NDArray[np.float32]
 
 _MAX_GRAPHS = 24
 _NONE = np.empty(0, np.float32)
@@ -38,6 +39,7 @@ class _Prepared:
     temperatures: NDArray[np.float32]
     states: tuple[NDArray[np.int32], NDArray[np.int64]] | None
     logits: Logits
+    hidden: Hidden
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
 
@@ -53,7 +55,8 @@ class Runner:
 
     `weights` are those for steps of a number of tokens: the same numbers, arranged for the kernels that are fastest
     there. With `rows`, their token table is that tensor, filled for each step. With a `lookup`
-    for the experts all steps are of one token. At most `n_graphs` graphs are kept.
+    for the experts all steps are of one token. At most `n_graphs` graphs are kept. With `has_hidden` each step leaves
+    the last hidden states of all its tokens in `hidden` [n_tokens, n_embd], which the next one overwrites.
     """
 
     def __init__(
@@ -67,13 +70,16 @@ class Runner:
         uses: UseCounter,
         lookup: ExpertLookup | None = None,
         n_graphs: int = _MAX_GRAPHS,
+        *,
+        has_hidden: bool = False,
     ) -> None:
+        self._has_hidden, self.hidden = has_hidden, _NONE
         self.spec, self.backend, self.cache, self._lookup = spec, backend, cache, lookup
         self._weights, self._rows, self._uses = weights, rows, uses
         self._graphs = GraphPool(backend.buft, self._build, n_graphs)
         n_runs = 1 if spec.recurrent else 0
-        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1, n_runs))
-        self._graphs.reserve(StepShape(1, cache.n_cells, 1, n_runs))
+        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1, n_runs, has_hidden))
+        self._graphs.reserve(StepShape(1, cache.n_cells, 1, n_runs, has_hidden))
 
     @property
     def compute_bytes(self) -> int:
@@ -86,7 +92,7 @@ class Runner:
         The array is the engine's own memory and is overwritten by the next step. Raises EngineAbortedError.
         """
         assert batch.n_kv <= self.cache.n_cells
-        prepared = self._graphs.get(StepShape.of(batch))
+        prepared = self._graphs.get(replace(StepShape.of(batch), has_hidden=self._has_hidden))
         if self._rows is None:
             prepared.tokens[:] = batch.tokens
         else:
@@ -109,6 +115,7 @@ class Runner:
             self.backend.compute_until(prepared.graph, is_cancelled)
         for layer, ranked in prepared.ranked:
             self._uses.add(layer, ranked)
+        self.hidden = prepared.hidden
         return prepared.logits
 
     def _build(self, shape: StepShape) -> BuiltGraph[_Prepared]:
@@ -135,6 +142,7 @@ class Runner:
                 if n_states
                 else None,
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
+                hidden=_array(step.hidden, np.float32, n_tokens, self.spec.n_embd) if shape.has_hidden else _NONE,
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),
             )
 

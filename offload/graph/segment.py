@@ -41,11 +41,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentGraph:
-    """A built graph; `logits` F32 [n_vocab, n_out] is 0 in every segment but the last."""
+    """A built graph; `logits` F32 [n_vocab, n_out] is 0 in every segment but the last, as is `hidden`."""
 
     ctx: int
     graph: int
     logits: int
+    hidden: int
 
 
 def cut_into_segments(
@@ -100,12 +101,13 @@ def build_segment(
         if index < segment.last or segment.end != "router":
             hidden = blocks.add_feed_forward(index, hidden)
     if segment.end == "logits":
-        return SegmentGraph(ctx, graph, blocks.add_logits(hidden))
+        normed = blocks.add_output_norm(hidden)
+        return SegmentGraph(ctx, graph, blocks.add_logits(normed), normed)
     if segment.end == "router":
         _add_selection(blocks, exchange, segment, hidden)
     else:
         _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, shape.n_tokens))
-    return SegmentGraph(ctx, graph, 0)
+    return SegmentGraph(ctx, graph, 0, 0)
 
 
 def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) -> int:

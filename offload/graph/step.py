@@ -39,13 +39,15 @@ WATCHED_TOKENS = 4
 class StepGraph:
     """A built graph: its ggml context (owned by whoever holds this), inputs, and F32 logits [n_vocab, n_out].
 
-    `ranked` are the layers whose experts stay to be looked at, each with them ranked, I32 [n_expert, n_rows].
+    `hidden` F32 [n_embd, n_tokens] are the hidden states that logits are made of, where they are wanted. `ranked` are
+    the layers whose experts stay to be looked at, each with them ranked, I32 [n_expert, n_rows].
     """
 
     ctx: int
     graph: int
     inputs: StepInputs
     logits: int
+    hidden: int
     ranked: tuple[tuple[int, int], ...] = ()
 
 
@@ -84,7 +86,8 @@ def build_step(
     hidden = blocks.add_embeddings()
     for index in range(spec.n_layer):
         hidden = blocks.add_feed_forward(index, blocks.add_attention(index, hidden))
-    return StepGraph(ctx, graph, inputs, blocks.add_logits(hidden), tuple(ranked or ()))
+    normed = blocks.add_output_norm(hidden)
+    return StepGraph(ctx, graph, inputs, blocks.add_logits(normed), normed, tuple(ranked or ()))
 
 
 def new_graph(spec: ModelSpec, n_layers: int, *, is_looked_up: bool = False) -> tuple[int, int]:
@@ -137,8 +140,8 @@ class BlockBuilder:
         return tensor if factor == 1.0 else int(ggml.ggml_scale(self.ctx, tensor, factor))
 
     def n_rows(self, index: int) -> int:
-        """Rows that leave layer `index`: in the last one only those whose logits are wanted."""
-        return self.shape.n_out if index == self.spec.n_layer - 1 else self.shape.n_tokens
+        """Rows that leave layer `index`: in the last one only those that are wanted."""
+        return self.shape.n_last if index == self.spec.n_layer - 1 else self.shape.n_tokens
 
     def add_attention(self, index: int, hidden: int) -> int:
         """The first half of a block, from [n_embd, n_tokens] to [n_embd, n_rows]; a block can be without one."""
@@ -214,10 +217,17 @@ class BlockBuilder:
         """The residual stream as it leaves a block."""
         return int(ggml.ggml_mul(self.ctx, hidden, layer.post.scale)) if layer.post.scale else hidden
 
-    def add_logits(self, hidden: int) -> int:
-        """The model's output, F32 [n_vocab, n_out], as the graph's own output."""
+    def add_output_norm(self, hidden: int) -> int:
+        """The last layer's output, normalised, [n_embd, n_last]; the graph's own output where it is wanted."""
         normed = add_norm(self.ctx, hidden, self.weights.output_norm, self.spec.rms_eps)
-        logits = self._scaled(add_linear(self.ctx, self.weights.output, normed), self.spec.multipliers.logits)
+        if self.shape.has_hidden:
+            ggml.ggml_set_output(normed)
+        return normed
+
+    def add_logits(self, normed: int) -> int:
+        """The logits of the last hidden states, F32 [n_vocab, n_out], as the graph's own output."""
+        rows = last_rows(self.ctx, normed, self.shape.n_out)
+        logits = self._scaled(add_linear(self.ctx, self.weights.output, rows), self.spec.multipliers.logits)
         if softcap := self.spec.multipliers.softcap:
             bounded = ggml.ggml_tanh(self.ctx, ggml.ggml_scale(self.ctx, logits, _inverse(softcap)))
             logits = int(ggml.ggml_scale(self.ctx, bounded, softcap))

@@ -114,6 +114,14 @@ class Cells:
             held[sequence.cells] = True
         return self.n_cells - int(np.count_nonzero(held))
 
+    def free(self, n_most: int) -> Indices:
+        """The lowest free cells, at most `n_most`."""
+        if n_most == 1:
+            # Each token of an answer takes one cell, and finding one does not take a list of all.
+            lowest = np.array([self.n_users.argmin()], np.int64)
+            return lowest if self.n_users[lowest[0]] == 0 else lowest[:0]
+        return np.flatnonzero(self.n_users == 0)[:n_most]
+
     def begin(self) -> Sequence:
         """A new, empty sequence."""
         sequence = Sequence()
@@ -127,14 +135,14 @@ class Cells:
         """
         assert sequence in self._live
         added = np.asarray(tokens, np.int32)
-        cells = self._free(len(added))
+        cells = self.free(len(added))
         while len(cells) < len(added) and self._remembered:
             oldest = next(iter(self._remembered))
             self.before_loss(oldest)
             self._cut(oldest, max(0, len(oldest) - (len(added) - len(cells))))
             if not len(oldest):
                 del self._remembered[oldest]
-            cells = self._free(len(added))
+            cells = self.free(len(added))
         assert len(added) == len(cells), "more cells are in use than were promised"
         if self._n_states:
             self._drop_passed(sequence)
@@ -213,14 +221,6 @@ class Cells:
         for other in list(self._remembered):
             if len(gone) and common_prefix(other.tokens, gone) == min(len(other), len(gone)):
                 self._forget(other)
-
-    def _free(self, n_most: int) -> Indices:
-        """The lowest free cells, at most `n_most`."""
-        if n_most == 1:
-            # Each token of an answer takes one cell, and finding one does not take a list of all.
-            lowest = np.array([self.n_users.argmin()], np.int64)
-            return lowest if self.n_users[lowest[0]] == 0 else lowest[:0]
-        return np.flatnonzero(self.n_users == 0)[:n_most]
 
     def _forget(self, sequence: Sequence) -> None:
         del self._remembered[sequence]

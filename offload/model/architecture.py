@@ -135,6 +135,7 @@ class Architecture:
     `scales_embeddings`, these are multiplied with the root of their length, and products of queries and keys with 1;
     logits are bounded as the key `final_logit_softcapping` says. `absent` are keys that are not above 0 in the models
     that are run, with what they would mean.
+    With `has_mtp` a block behind the layers, with attention and experts as they have, predicts a further token.
     `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
@@ -166,6 +167,7 @@ class Architecture:
     has_window_heads: bool = False
     has_post_norms: bool = False
     scales_embeddings: bool = False
+    has_mtp: bool = False
     absent: tuple[tuple[str, str], ...] = ()
     difference: str = ""
 

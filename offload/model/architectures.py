@@ -147,6 +147,7 @@ GLM4MOE = Architecture(
     shared=SharedExpert("counted"),
     width_key="expert_feed_forward_length",
     has_dense_layers=True,
+    has_mtp=True,
 )
 DEEPSEEK2 = Architecture(
     name="deepseek2",
@@ -212,6 +213,7 @@ QWEN3NEXT = Architecture(
     recurrence="delta_net",
     groups_heads=True,
     gates_attention=True,
+    has_mtp=True,
 )
 QWEN35MOE = replace(
     QWEN3NEXT,

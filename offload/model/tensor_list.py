@@ -1,6 +1,6 @@
 """The tensors of a model, with their shapes: one list, from which files are checked, loaded, planned and written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from slimoe.offload.errors import ModelFileError
@@ -137,7 +137,12 @@ def with_listed_shapes(gguf: GGUFFile, spec: ModelSpec) -> GGUFFile:
 
 def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
     """Raises ModelFileError that names the first tensor that is missing or has another shape than `spec` says."""
-    for alternatives in _layouts(spec):
+    check_shapes(gguf, spec, model_tensors(spec))
+
+
+def check_shapes(gguf: GGUFFile, spec: ModelSpec, tensors: Iterable[ModelTensor]) -> None:
+    """The same for some tensors of a model."""
+    for alternatives in _layouts(spec, tensors):
         found = next((choice for choice in alternatives if gguf.tensors.keys() & choice.keys()), alternatives[0])
         for name, ne in found.items():
             tensor = gguf.tensors.get(name)
@@ -148,10 +153,10 @@ def check_tensors(gguf: GGUFFile, spec: ModelSpec) -> None:
                 raise ModelFileError(gguf.path, problem, AGAIN)
 
 
-def _layouts(spec: ModelSpec) -> Iterator[list[_Layout]]:
+def _layouts(spec: ModelSpec, tensors: Iterable[ModelTensor]) -> Iterator[list[_Layout]]:
     """Groups of tensors, each in the layouts that files have of it, the usual one first; {} is no tensor."""
     joined: _Layout = {}
-    for tensor in model_tensors(spec):
+    for tensor in tensors:
         if tensor.role in _ATTENTION_INPUT and spec.attention.latent is None:
             joined[tensor.name] = tensor.ne
             if tensor.role == _ATTENTION_INPUT[-1]:

@@ -1,6 +1,6 @@
 """Finds the weights of a model in its file, and refuses what would go unread."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from gguf import GGMLQuantizationType
@@ -126,6 +126,18 @@ def model_sources(gguf: GGUFFile, spec: ModelSpec) -> ModelSources:
         skipped += [f"blk.{layer}.indexer." for layer in range(spec.n_layer)]
     reader.refuse_unread(tuple(skipped))
     return sources
+
+
+def read_block(
+    gguf: GGUFFile, spec: ModelSpec, layer: int, others: Iterable[str]
+) -> tuple[LayerSources, dict[str, WeightSource]]:
+    """A block that is no layer of the model that is run, and those of `others` that the file has, by their names.
+
+    Raises as `model_sources` does.
+    """
+    reader = _Reader(gguf)
+    own = {name: found for name in others if (found := reader.optional(name))}
+    return _layer_sources(reader, spec, layer, None), own
 
 
 def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeLayout | None) -> LayerSources:

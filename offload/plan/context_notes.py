@@ -3,6 +3,10 @@
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
+from slimoe.offload.plan.engine_config import EngineConfig
+
+MAX_THREADS = 512  # ggml's own limit
+MAX_PARALLEL = 256
 
 
 def context_notes(spec: ModelSpec, n_ctx: int) -> tuple[str, ...]:
@@ -63,3 +67,16 @@ def check_context(spec: ModelSpec, n_ctx: int) -> None:
             f"beyond {n_most} tokens its attention sees only those that an indexer selects, which is not supported. "
             f"Use --ctx {n_most} or less, where the indexer changes nothing."
         )
+
+
+def check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
+    """Raises UsageError for a number of tokens, requests or threads that cannot be."""
+    n_batch, n_parallel = config.context.n_batch, config.context.n_parallel
+    settings = {"--ctx": n_ctx, "--batch": n_batch, "--parallel": n_parallel, "--threads": n_threads}
+    for name, value in settings.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}, but must be at least 1.")
+    if n_threads > MAX_THREADS:
+        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
+    if n_parallel > MAX_PARALLEL:
+        raise UsageError(f"--parallel is {n_parallel}, but must be at most {MAX_PARALLEL}.")

@@ -145,7 +145,7 @@ class _Shapes:
                 weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
                 hidden = blocks.add_experts(index, weighted, normed, hidden, selection)
             ggml.ggml_build_forward_expand(graph, hidden)
-        blocks.add_logits(last_rows(ctx, self._new(kinds.F32, spec.n_embd, n), shape.n_out))
+        blocks.add_logits(blocks.add_output_norm(last_rows(ctx, self._new(kinds.F32, spec.n_embd, n), shape.n_out)))
 
     def _new(self, kind: int, *ne: int) -> int:
         new = {1: ggml.ggml_new_tensor_1d, 2: ggml.ggml_new_tensor_2d, 3: ggml.ggml_new_tensor_3d}[len(ne)]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.cache.slots import TierPlan, plan_tiers, tiered_compute_bytes, widest
-from slimoe.offload.errors import DoesNotFitError, UsageError
+from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.gguf.header import GGUFFile, read_gguf
 from slimoe.offload.gguf.keys import MERGES, TOKENS
 from slimoe.offload.graph.token_rows import row_bytes
@@ -19,13 +19,15 @@ from slimoe.offload.memory.kv_cache import CELL_STEP, kv_bytes, kv_type, state_b
 from slimoe.offload.memory.prompt_record import held_bytes
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.model.mtp_block import MtpBlock
 from slimoe.offload.model.regrouped import without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.advice import advised
 from slimoe.offload.plan.budget import decide_budget
-from slimoe.offload.plan.context_notes import check_context, context_notes, divisor_notes
+from slimoe.offload.plan.context_notes import check_context, check_settings, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
+from slimoe.offload.plan.drafts import block_bytes, wanted_block
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, request_bytes
@@ -40,8 +42,6 @@ from slimoe.offload.plan.weight_forms import (
 from slimoe.offload.resources.memory import human, resident_bytes
 
 DEFAULT_CTX = 4096
-MAX_THREADS = 512  # ggml's own limit
-MAX_PARALLEL = 256
 TIERED_BATCH = 256
 """Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
 
@@ -75,6 +75,8 @@ class EnginePlan:
     notes: tuple[str, ...] = ()
     lossy: Lossy | None = None
     machine: Machine | None = None
+    mtp: MtpBlock | None = None
+    """The block that drafts tokens, whose memory `program` has; None where none is run."""
     repacked_beside: WeightForms | None = None
     """Which weights of a model in tiers lie in memory a second time, for steps of one token; None for none."""
 
@@ -184,7 +186,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     machine, context, memory = model.machine, config.context, config.memory
     n_ctx = min(spec.n_ctx_exact, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
     sources = model.sources.in_context(n_ctx, spec.rope.n_ctx_orig)
-    _check_settings(config, n_ctx, model.n_threads)
+    check_settings(config, n_ctx, model.n_threads)
     check_context(spec, n_ctx)
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
@@ -194,6 +196,9 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     records = held_bytes(spec, kv_type(context.kv_type)) if config.prompts.prompt_cache else 0
     own = model.program + memory.reserve_bytes + records
+    mtp = wanted_block(config, model.gguf, spec, sources, machine.devices)
+    if mtp is not None:
+        own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv_type(context.kv_type))
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in _batch_sizes(n_batch, context.n_parallel):
@@ -223,6 +228,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
         notes=(*machine.notes, *budget.notes, *context_notes(spec, n_ctx), *divisor_notes(model.sources, spec, n_ctx)),
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
         machine=machine,
+        mtp=mtp,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
     decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, own)
@@ -234,18 +240,6 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     drivers = (f"{one.device.name}, whose driver takes {human(one.device.driver.total)}" for one in decided.devices)
     note = f"Computing on the CPU: with {', '.join(drivers)}, {decided.shortfall.problem}"
     return replace(alone, notes=(*alone.notes, note))
-
-
-def _check_settings(config: EngineConfig, n_ctx: int, n_threads: int) -> None:
-    n_batch, n_parallel = config.context.n_batch, config.context.n_parallel
-    settings = {"--ctx": n_ctx, "--batch": n_batch, "--parallel": n_parallel, "--threads": n_threads}
-    for name, value in settings.items():
-        if value < 1:
-            raise UsageError(f"{name} is {value}, but must be at least 1.")
-    if n_threads > MAX_THREADS:
-        raise UsageError(f"--threads is {n_threads}, but must be at most {MAX_THREADS}.")
-    if n_parallel > MAX_PARALLEL:
-        raise UsageError(f"--parallel is {n_parallel}, but must be at most {MAX_PARALLEL}.")
 
 
 def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:

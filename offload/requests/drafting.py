@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 from slimoe.offload.errors import UsageError
 from slimoe.offload.requests.text_drafts import NO_DRAFT, Draft
 
-DraftMode = Literal["none", "ngram", "auto"]
+DraftMode = Literal["none", "ngram", "mtp", "auto"]
 DRAFT_MODES: tuple[str, ...] = get_args(DraftMode)
 STEP_SIZES = (2, 4, 8, 16)
 """Tokens of steps that verify drafts: few numbers, since a graph is built for each."""
@@ -128,6 +128,7 @@ def draft_mode(name: str) -> DraftMode:
 class Drafting:
     """What drafts are for: `none` verifies none, `ngram` those that are likely, `auto` those that save time.
 
+    They are drafted from the text; with `mtp` the model's own block drafts them, and all are verified.
     What `auto` does depends on the time that steps take; `ngram` does the same for the same text.
     """
 

@@ -135,10 +135,15 @@ class Generator:
         self._n_cached += n_known - self._n_done
         self._n_done = n_known
 
+    @property
+    def n_draftable(self) -> int:
+        """How many tokens behind the one drawn last the answer has room for."""
+        return max(0, self._max_tokens - self._n_predicted - 1)
+
     def draft(self, n_most: int) -> Draft:
         """At most `n_most` tokens that may follow on the one drawn last, as many as the answer has room for."""
         assert self.sequence is not None
-        n_most = min(n_most, self._max_tokens - self._n_predicted - 1)
+        n_most = min(n_most, self.n_draftable)
         if n_most <= 0:
             return NO_DRAFT
         if self._drafts is None:

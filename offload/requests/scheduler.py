@@ -23,7 +23,9 @@ from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Cells, Sequence
 from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.requests.drafting import MOST_DRAFTED, Drafting
+from slimoe.offload.requests.mtp_drafts import MtpDrafts
 from slimoe.offload.requests.request import Generator
+from slimoe.offload.requests.text_drafts import NO_DRAFT, Draft
 from slimoe.offload.text.generation import Failed, Outcome
 
 Compute = Callable[[Batch, Callable[[], bool] | None], Logits]
@@ -33,6 +35,8 @@ _STATE_STEP = 32
 next often differs in the last tokens of it, which close the question and open the answer."""
 _LEAST_BEHIND = 8
 """And so many tokens before its end at least."""
+_MOST_READ = 8
+"""Tokens of a step with predicted ones where layers are recurrent, of which some may be read again."""
 _PROMPT_SHARE = 4
 """While other requests write, a step reads a quarter of a batch of a prompt: they wait little, and it is not much
 slower."""
@@ -57,7 +61,7 @@ class Scheduler:
 
     A request becomes active once there are cells for all tokens that the active requests and it may come to; so none
     gets stuck half-way. `compute` runs one step of at most `n_batch` tokens. What
-    `prompts` have on disk is read in place of being computed.
+    `prompts` have on disk is read in place of being computed. `mtp` drafts tokens that the text does not.
     """
 
     def __init__(
@@ -68,9 +72,10 @@ class Scheduler:
         n_batch: int,
         drafting: Drafting | None = None,
         prompts: PromptCache | None = None,
+        mtp: MtpDrafts | None = None,
     ) -> None:
         assert 1 <= n_parallel <= n_batch
-        self._drafting, self._prompts = drafting or Drafting(), prompts
+        self._drafting, self._prompts, self._mtp = drafting or Drafting(), prompts, mtp
         self._cells, self._compute = cells, compute
         self._n_parallel, self._n_batch = n_parallel, n_batch
         self._waiting: deque[Generator] = deque()
@@ -167,14 +172,28 @@ class Scheduler:
 
     def _with_drafts(self, parts: list[_Part]) -> list[_Part]:
         """The same with the drafts that are worth being verified in this step."""
-        n_most = max(0, min(MOST_DRAFTED, self._n_batch - sum(len(part.tokens) for part in parts)))
-        drafts = [part.job.draft(n_most) for part in parts]
+        n_room = self._n_batch - sum(len(part.tokens) for part in parts)
         n_again = parts[0].job.n_again if self._cells.has_states else None
-        chosen = self._drafting.choose(drafts, self._n_batch, n_again)
+        if self._drafting.mode == "mtp":
+            chosen = self._predicted(parts, n_room // len(parts))
+        else:
+            n_most = max(0, min(MOST_DRAFTED, n_room))
+            drafts = [part.job.draft(n_most) for part in parts]
+            chosen = self._drafting.choose(drafts, self._n_batch, n_again)
         return [
             part._replace(tokens=part.tokens + draft.tokens, n_drafted=len(draft.tokens))
             for part, draft in zip(parts, chosen, strict=True)
         ]
+
+    def _predicted(self, parts: list[_Part], n_most: int) -> list[Draft]:
+        """What the block that predicts tokens drafts for each part, at most so many."""
+        if self._mtp is None:
+            return [NO_DRAFT] * len(parts)
+        jobs = [part.job for part in parts]
+        if self._cells.has_states:
+            # Else one wrong draft after the other would let each step read all of those before again.
+            n_most = min(n_most, _MOST_READ - len(parts[0].tokens))
+        return self._mtp.propose(jobs, [min(n_most, job.n_draftable) for job in jobs])
 
     def _load(self, reading: Generator, *, is_alone: bool) -> bool:
         """Reads what is on disk of a prompt, or a part of it; whether the rest is to be computed."""
@@ -222,6 +241,8 @@ class Scheduler:
             self._drafting.times.note(batch.n_tokens, batch.n_kv, time.perf_counter() - begin)
         elif self._prompts is not None:
             self._prompts.computed(batch.n_tokens, time.perf_counter() - begin)
+        if self._mtp is not None:
+            self._mtp.computed(batch, [part.job for part in parts])
         outcomes = []
         row = len(logits) - sum(n_rows)
         for part, n in zip(parts, n_rows, strict=True):
@@ -238,6 +259,14 @@ class Scheduler:
             events = job.take(part.tokens, logits)
         except Exception as error:
             return [self._fail(job, error)]
+        self._cut_rejected(part)
+        if job.is_over:
+            self._retire(job)
+        return [Outcome(job.id, event) for event in events]
+
+    def _cut_rejected(self, part: _Part) -> None:
+        """Takes drafts that were wrong out of the sequence, and with them what then has to be read again."""
+        job = part.job
         if part.n_drafted:
             self._drafting.n_accepted += part.n_drafted - job.n_rejected
         if job.n_rejected:
@@ -245,10 +274,9 @@ class Scheduler:
             n_wanted = len(part.sequence) - job.n_rejected
             self._cells.truncate(part.sequence, n_wanted)
             job.read_again(right[len(right) - (n_wanted - len(part.sequence)) :])
-            job.n_rejected = 0
-        if job.is_over:
-            self._retire(job)
-        return [Outcome(job.id, event) for event in events]
+        if self._mtp is not None:
+            self._mtp.taken(job, part.n_drafted)
+        job.n_rejected = 0
 
     def _undo(self, parts: list[_Part], before: list[int]) -> None:
         """Takes the parts' tokens out of their sequences again: their cells hold nothing of use."""
@@ -267,6 +295,8 @@ class Scheduler:
         assert job.sequence is not None
         job.is_over = True
         job.release()
+        if self._mtp is not None:
+            self._mtp.forget(job)
         self._note(job, is_done=True)
         if job in self._borrowers:
             self._borrowers.remove(job)

@@ -1,5 +1,6 @@
 """Drafts the next tokens of one answer from its own text, and learns from the answer how often they are right."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,7 +10,6 @@ from slimoe.offload.requests.ngram_index import LONGEST, N_GRAM, NgramIndex
 
 _CLASSES = ((N_GRAM, 0.3), (5, 0.45), (8, 0.6), (16, 0.8), (LONGEST, 0.9))
 """Longest matches of classes that are counted apart, and the chance of a token after such a match that is assumed."""
-_CLASS_OF = [sum(length > most for most, _ in _CLASSES) for length in range(LONGEST + 1)]
 _ASSUMED_WEIGHT = 4.0
 """Tokens that the assumed chance stands for beside those that were seen."""
 _MEMORY = 64
@@ -33,7 +33,7 @@ class TextDrafts:
 
     def __init__(self) -> None:
         self._index = NgramIndex()
-        self._acceptance = Acceptance()
+        self._acceptance = Acceptance(_CLASSES)
         self._length, self._drafted = 0, tuple[int, ...]()
 
     def __len__(self) -> int:
@@ -54,24 +54,32 @@ class TextDrafts:
         self._length, self._drafted = self._index.find(n_most)
         if not self._drafted:
             return NO_DRAFT
-        return Draft(self._drafted, tuple(accumulate(self._acceptance.chances(self._length, len(self._drafted)), mul)))
+        lengths = range(self._length, self._length + len(self._drafted))
+        return Draft(self._drafted, tuple(accumulate(map(self._acceptance.rate, lengths), mul)))
 
 
 class Acceptance:
-    """How often the token that followed on a match before follows again, by the length of the match."""
+    """How often a drafted token is right, by what there is for it: the length of a match, or a probability.
 
-    def __init__(self) -> None:
-        self._n_right = [_ASSUMED_WEIGHT * chance for _, chance in _CLASSES]
-        self._n_seen = [_ASSUMED_WEIGHT] * len(_CLASSES)
+    `classes` are the largest values of those that are counted together, and the chance that is assumed for them.
+    """
 
-    def note(self, length: int, *, is_right: bool) -> None:
-        """Counts a token after a match of so many tokens."""
-        number = _CLASS_OF[min(length, LONGEST)]
+    def __init__(self, classes: Sequence[tuple[float, float]]) -> None:
+        self._bounds = [most for most, _ in classes]
+        self._n_right = [_ASSUMED_WEIGHT * chance for _, chance in classes]
+        self._n_seen = [_ASSUMED_WEIGHT] * len(classes)
+
+    def note(self, value: float, *, is_right: bool) -> None:
+        """Counts a token for which there was so much."""
+        number = self._class_of(value)
         kept = 1 - 1 / _MEMORY
         self._n_right[number] = kept * self._n_right[number] + is_right
         self._n_seen[number] = kept * self._n_seen[number] + 1
 
-    def chances(self, length: int, n: int) -> list[float]:
-        """The chance of each of `n` tokens after a match of so many, if those before it are right."""
-        rates = [min(_SUREST, right / seen) for right, seen in zip(self._n_right, self._n_seen, strict=True)]
-        return [rates[_CLASS_OF[min(at, LONGEST)]] for at in range(length, length + n)]
+    def rate(self, value: float) -> float:
+        """The chance of a token for which there is so much, if those before it are right."""
+        number = self._class_of(value)
+        return min(_SUREST, self._n_right[number] / self._n_seen[number])
+
+    def _class_of(self, value: float) -> int:
+        return min(bisect_left(self._bounds, value), len(self._bounds) - 1)

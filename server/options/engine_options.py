@@ -156,8 +156,8 @@ engine_flags = flag_group(
 draft_flag = click.option(
     "--draft",
     type=click.Choice(DRAFT_MODES),
-    help="Guess the next tokens from the text so far and verify several in one step: ngram does so wherever they are "
-    "likely, auto where that saves time (default: none).",
+    help="Guess the next tokens and verify several in one step: ngram guesses from the text so far wherever they are "
+    "likely, auto where that saves time, mtp with the model's own MTP block, if the file has one (default: none).",
 )
 """The flag of commands that write answers."""
 

@@ -5,64 +5,29 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
 from slimoe.offload.plan.engine_config import EngineConfig
-from slimoe.offload.text.generation import Constraint, Failed, Finished, GenerationRequest, SamplingParams, TokenStep
+from slimoe.offload.text.generation import Constraint, GenerationRequest, SamplingParams
 from tests.models.configs import engine_config, reconfigured
 from tests.models.tier_models import mixed_model, plain_model
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_gguf import FineShape, write_family
 from tests.offload.devices import Devices
+from tests.offload.drafted import answers
 
 DEMO = Path(__file__).parents[2] / "server" / "demo" / "demo.gguf"
 GREEDY = SamplingParams(temperature=0.0)
 TEXT = (5, 9, 30, 7, 22, 41, 8, 19, 60, 3, 77, 14)
 
 
-class Answer(NamedTuple):
-    """What was said, with scores, and what it took."""
-
-    tokens: list[int]
-    text: str
-    logprobs: list[float]
-    finished: Finished
-    n_steps: int
-
-
 def config(path: Path, **changed: Any) -> EngineConfig:
     """The cache in F32: rounding to F16 makes of differences in the last bit some that change close choices."""
     return engine_config(path, **{"n_ctx": 256, "n_batch": 64, "n_threads": 1, "kv_type": "f32"} | changed)
-
-
-def answers(engine: Engine, *requests: GenerationRequest) -> list[Answer]:
-    """Of requests that are submitted at once, and the steps that all took together."""
-    ids = [engine.submit(request) for request in requests]
-    steps: dict[int, list[TokenStep]] = {id: [] for id in ids}
-    ends: dict[int, Finished] = {}
-    n_steps = 0
-    while not engine.is_idle:
-        n_steps += 1
-        for id, event in engine.step():
-            assert not isinstance(event, Failed), event.error
-            if isinstance(event, TokenStep):
-                steps[id].append(event)
-            if isinstance(event, Finished):
-                ends[id] = event
-    return [
-        Answer(
-            [one.token for one in steps[id]],
-            "".join(one.text for one in steps[id]) + ends[id].text,
-            [one.logprob.logprob for one in steps[id] if one.logprob],
-            ends[id],
-            n_steps,
-        )
-        for id in ids
-    ]
 
 
 def request(**changed: Any) -> GenerationRequest:
@@ -266,7 +231,7 @@ def test_recordings_and_lossy_modes_say_why_not(tmp_path: Path) -> None:
 
 def test_an_unknown_mode(tmp_path: Path) -> None:
     opened = reconfigured(config(plain_model(tmp_path)), draft="eagle")
-    with pytest.raises(UsageError, match="none, ngram, auto"):
+    with pytest.raises(UsageError, match="none, ngram, mtp, auto"):
         Engine.open(opened)
 
 

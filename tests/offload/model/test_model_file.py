@@ -11,8 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.model.model_file import ModelFile
-from slimoe.offload.model.number_check import check_numbers
+from slimoe.offload.model.model_file import ModelFile, check_numbers
 from slimoe.server.cli import run
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, StoredTensor, read_content, write_content, write_shards
