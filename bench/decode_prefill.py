@@ -13,6 +13,7 @@ that fork runs on the same file as well, in a process of its own, with and witho
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -198,21 +199,23 @@ def _measure_together(plan: Plan, opened: Mapping[str, Candidate], report: Repor
     for depth in sorted(plan.depths, reverse=True):  # a deep cache serves the shallower depths as well
         for candidate in opened.values():
             go_to_depth(candidate, tokens, depth)
-            time_round(candidate, prefill, decode[:1])
+            time_round(candidate, prefill, decode[:1], tokens[:depth])
         for round_no in range(plan.n_rounds):
             say(f"depth {depth}, round {round_no + 1} of {plan.n_rounds}")
             for name in sorted(opened, reverse=bool(round_no % 2)):
-                report.timings.setdefault((name, depth), []).append(time_round(opened[name], prefill, decode))
+                report.timings.setdefault((name, depth), []).append(
+                    time_round(opened[name], prefill, decode, tokens[:depth])
+                )
             if isinstance(engine := opened.get(OURS), Engine):
-                report.python_shares.setdefault(depth, []).append(python_share(engine, decode))
+                report.python_shares.setdefault(depth, []).append(python_share(engine, decode, tokens[:depth]))
                 report.engine.update(engine.memory(), weights=engine.plan.weight_forms.mode)
 
 
-def time_round(candidate: Candidate, prefill: list[int], decode: list[int]) -> Timing:
-    """One round at the current depth; what runs in a process of its own is timed there."""
+def time_round(candidate: Candidate, prefill: list[int], decode: list[int], cached: list[int]) -> Timing:
+    """One round behind what is cached; what runs in a process of its own is timed there."""
     if isinstance(candidate, IkLlamaCpp):
         return candidate.measure(prefill, decode)
-    return measure(candidate, prefill, decode)
+    return measure(candidate, prefill, decode, cached)
 
 
 def check_logits(candidate: Candidate, tokens: list[int]) -> list[np.ndarray]:
@@ -224,11 +227,14 @@ def check_logits(candidate: Candidate, tokens: list[int]) -> list[np.ndarray]:
     return logits
 
 
-def python_share(engine: Engine, tokens: list[int]) -> float:
-    """The share of decode steps, from 0 to 1, that is spent outside ggml's graphs."""
-    computed = engine.compute_seconds
-    seconds = sum(time_decode(engine, tokens))
-    return 1.0 - float(engine.compute_seconds - computed) / seconds
+def python_share(engine: Engine, tokens: list[int], cached: list[int]) -> float:
+    """The share of decode steps behind what is cached, from 0 to 1, that is spent outside ggml's graphs."""
+    computed, begin = engine.compute_seconds, time.perf_counter()
+    for token in tokens:
+        engine.decode(token)
+    seconds, computed = time.perf_counter() - begin, engine.compute_seconds - computed
+    go_to_depth(engine, cached, len(cached))
+    return 1.0 - computed / seconds
 
 
 def read_vocabulary_size(model: Path) -> int:

@@ -73,8 +73,9 @@ class LoadedModel:
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
             counter = _Counter(plan, on_progress)
             rows = self._rows = None
-            if plan.weight_forms.mode != "mapped" and not plan.is_tied_on_host:
-                # The token table is not in memory: a step reads the rows that it needs.
+            if plan.weight_forms.mode != "mapped":
+                # A step reads the rows of the token table that it needs, which is not in memory, or only as the output
+                # matrix, whose rows may be rearranged.
                 rows = self._rows = TokenRows(plan.gguf, plan.sources.token_embd, self.backend, plan.n_batch)
                 opened.callback(rows.close)
             if plan.is_resident:

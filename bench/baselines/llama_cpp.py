@@ -123,10 +123,12 @@ class LlamaCpp:
         self.n_past += len(tokens)
 
     def truncate(self, n_past: int) -> None:
-        """Forgets everything after the first `n_past` tokens."""
+        """Forgets everything after the first `n_past` tokens, and with recurrent layers everything."""
         assert n_past <= self.n_past
-        llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, n_past, -1)
-        self.n_past = n_past
+        memory = llama.llama_get_memory(self._context)
+        self.n_past = n_past if llama.llama_memory_seq_rm(memory, 0, n_past, -1) else 0
+        if not self.n_past:
+            llama.llama_memory_clear(memory, False)
 
     def close(self) -> None:
         """Gives all memory and threads back; the object must not be used afterwards."""

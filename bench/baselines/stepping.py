@@ -25,7 +25,7 @@ class Candidate(Protocol):
         """Appends one token; returns its logits."""
 
     def truncate(self, n_past: int) -> None:
-        """Forgets everything after the first `n_past` tokens."""
+        """Forgets everything after the first `n_past` tokens, and with recurrent layers perhaps more of them."""
 
     def close(self) -> None:
         """Gives everything back."""
@@ -51,33 +51,36 @@ def go_to_depth(candidate: Candidate, tokens: Sequence[int], depth: int) -> None
         candidate.prefill(tokens[candidate.n_past : depth])
 
 
-def time_prefill(candidate: Candidate, tokens: Sequence[int]) -> float:
-    """Seconds that appending `tokens` takes; the KV cache is then as before."""
+def time_prefill(candidate: Candidate, tokens: Sequence[int], cached: Sequence[int] = ()) -> float:
+    """Seconds that appending `tokens` takes; the KV cache is then as before.
+
+    What a model with recurrent layers had to forget is read again, of the tokens that were `cached`.
+    """
     depth = candidate.n_past
     begin = time.perf_counter()
     candidate.prefill(tokens)
     seconds = time.perf_counter() - begin
-    candidate.truncate(depth)
+    go_to_depth(candidate, cached, depth)
     return seconds
 
 
-def time_decode(candidate: Candidate, tokens: Sequence[int]) -> list[float]:
-    """Seconds of each step that appends one of `tokens`; the KV cache is then as before."""
+def time_decode(candidate: Candidate, tokens: Sequence[int], cached: Sequence[int] = ()) -> list[float]:
+    """Seconds of each step that appends one of `tokens`; the KV cache is then as before, as with `time_prefill`."""
     depth = candidate.n_past
     seconds = []
     for token in tokens:
         begin = time.perf_counter()
         candidate.decode(token)
         seconds.append(time.perf_counter() - begin)
-    candidate.truncate(depth)
+    go_to_depth(candidate, cached, depth)
     return seconds
 
 
-def measure(candidate: Candidate, prefill: Sequence[int], decode: Sequence[int]) -> Timing:
+def measure(candidate: Candidate, prefill: Sequence[int], decode: Sequence[int], cached: Sequence[int] = ()) -> Timing:
     """One round at the current depth. The first decode steps, in which caches and threads wake, do not count."""
-    seconds = time_prefill(candidate, prefill)
-    time_decode(candidate, decode[:WARM_STEPS])
-    return Timing(seconds, statistics.median(time_decode(candidate, decode)))
+    seconds = time_prefill(candidate, prefill, cached)
+    time_decode(candidate, decode[:WARM_STEPS], cached)
+    return Timing(seconds, statistics.median(time_decode(candidate, decode, cached)))
 
 
 def kl_divergence(logits: np.ndarray, reference: np.ndarray) -> float:

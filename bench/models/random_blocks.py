@@ -71,6 +71,8 @@ def topical_pieces(tensor: RandomTensor, seed: int) -> Iterator[np.ndarray]:
     """The bytes of embeddings that have topics, a few megabytes at a time."""
     n_embd, n_rows = tensor.ne
     for rows in topical_rows(n_rows, n_embd, tensor.topical, seed, WRITE_CHUNKS * CHUNK // n_embd):
+        if tensor.std != 1.0:
+            rows *= np.float32(tensor.std)
         piece = np.empty((len(rows), type_bytes(tensor.type, n_embd)), np.uint8)
         ggml_quantize_chunk(tensor.type, rows.ctypes.data, piece.ctypes.data, 0, len(rows), n_embd, None)
         yield piece

@@ -21,15 +21,16 @@ import click
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
+from bench.models.fine_models import PUBLISHED, TIED
 from bench.models.random_blocks import RandomTensor, block_pool, random_pieces, topical_pieces
-from bench.models.shapes import MODELS, PUBLISHED, model_named
+from bench.models.shapes import MODELS, model_named
 from bench.models.topics import STYLES, RoutingStyle
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import ModelTensor, model_tensors
+from slimoe.offload.model.tensor_list import CONVOLUTIONS, ModelTensor, model_tensors
 
 TYPES = (
     "F32",
@@ -79,7 +80,7 @@ class WeightTypes:
 
     def of(self, tensor: ModelTensor) -> GGMLQuantizationType:
         """The type of a matrix, or the one that llama.cpp takes in its place for rows that the type does not divide."""
-        if tensor.role == "ffn_gate_inp" or tensor.name.endswith(".bias") or len(tensor.ne) == 1:
+        if tensor.role in ("ffn_gate_inp", *CONVOLUTIONS) or tensor.name.endswith(".bias") or len(tensor.ne) == 1:
             return GGMLQuantizationType.F32
         is_expert = tensor.role.endswith("_exps")
         kind = self.experts if is_expert else self.output if tensor.role == "output" else self.others
@@ -90,29 +91,59 @@ def random_tensors(spec: ModelSpec, types: WeightTypes, style: RoutingStyle) -> 
     """All tensors of a stock model, in the order of the file; routers, norms and biases are F32."""
     n_qkv = (spec.n_head + 2 * spec.n_head_kv) * spec.n_embd_head
     for tensor in model_tensors(spec):
-        if len(tensor.ne) == 1 and tensor.is_optional:
+        if _is_absent(tensor, spec):
             continue
         if spec.architecture.joins_qkv and tensor.role in ("attn_k", "attn_v"):
             continue
         if spec.architecture.joins_qkv and tensor.role == "attn_q":
             tensor = replace(tensor, name=tensor.name.replace("attn_q", "attn_qkv"), ne=(spec.n_embd, n_qkv))
-        yield _random_tensor(tensor, types, style)
+        yield _random_tensor(tensor, spec, types, style)
         if tensor.role in _ATTENTION_BIASES.get(spec.architecture.name, ()):
             bias = replace(tensor, name=tensor.name.replace(".weight", ".bias"), ne=tensor.ne[1:])
-            yield _random_tensor(bias, types, style)
+            yield _random_tensor(bias, spec, types, style)
 
 
-def _random_tensor(tensor: ModelTensor, types: WeightTypes, style: RoutingStyle) -> RandomTensor:
-    kind = types.of(tensor)
-    if tensor.role == "token_embd":
-        return RandomTensor(tensor.name, tensor.ne, kind, 1.0, topical=style.topical)
-    if tensor.name.endswith(".bias"):
-        return RandomTensor(tensor.name, tensor.ne, kind, 0.1)
-    if tensor.role.endswith("norm"):
-        return RandomTensor(tensor.name, tensor.ne, kind, 0.1, mean=1.0)
-    factors = {"attn_output": style.attention, "ffn_gate_inp": style.router}
+def _is_absent(tensor: ModelTensor, spec: ModelSpec) -> bool:
+    """Whether published models of the kind go without it: most optional vectors, and what is the same as another."""
+    if tensor.role == "output":
+        return spec.architecture.name in TIED
+    if tensor.role == "attn_v" and tensor.is_optional:  # Values are the keys in layers without a window.
+        return not spec.window(tensor.layer)
+    return tensor.is_optional and len(tensor.ne) == 1 and tensor.role != "layer_output_scale"
+
+
+def _random_tensor(tensor: ModelTensor, spec: ModelSpec, types: WeightTypes, style: RoutingStyle) -> RandomTensor:
+    kind, role = types.of(tensor), tensor.role
+    if role == "token_embd":
+        std = 1.0 / spec.multipliers.embedding
+        return RandomTensor(tensor.name, tensor.ne, kind, std, topical=style.topical)
+    vector = _vector_values(tensor, spec, style)
+    if vector:
+        mean, std = vector
+        return RandomTensor(tensor.name, tensor.ne, kind, std, mean)
+    factors = dict.fromkeys(("attn_output", "ssm_out", "shortconv.out_proj"), style.attention)
+    factors |= {"ffn_gate_inp": style.router}
     factors |= dict.fromkeys(("ffn_down_exps", "ffn_down_shexp", "ffn_down"), style.feed_forward)
-    return RandomTensor(tensor.name, tensor.ne, kind, factors.get(tensor.role, 1.0) * tensor.ne[0] ** -0.5)
+    return RandomTensor(tensor.name, tensor.ne, kind, factors.get(role, 1.0) * tensor.ne[0] ** -0.5)
+
+
+def _vector_values(tensor: ModelTensor, spec: ModelSpec, style: RoutingStyle) -> tuple[float, float] | None:
+    """Mean and deviation of a vector that multiplies, decays or is added; None for a matrix."""
+    role = tensor.role
+    if tensor.name.endswith(".bias"):
+        return 0.0, 0.1
+    if role == "rope_freqs":  # All pairs rotate, which takes no less time than a quarter of them.
+        return 1.0, 0.0
+    if role == "ssm_a":  # Minus the rate of a delta net's decay.
+        return -1.0, 0.2
+    if tensor.name.endswith("ffn_gate_inp.scale"):  # Such a router's input is divided by the root of its length.
+        return spec.n_embd**0.5, 0.1
+    if role == "output_norm" and spec.architecture.name in TIED and spec.multipliers.embedding == 1.0:
+        return spec.n_embd**-0.5, 0.1 * spec.n_embd**-0.5  # The output matrix is as large as embeddings.
+    if spec.architecture.has_post_norms and role in ("post_attention_norm", "post_ffw_norm"):
+        return (style.attention if role == "post_attention_norm" else style.feed_forward), 0.1
+    is_factor = role.endswith("norm") or "_norm_" in role or role == "layer_output_scale" or ".scale" in tensor.name
+    return (1.0, 0.1) if is_factor else None
 
 
 def describe(writer: GGUFWriter, values: Mapping[str, Value]) -> None:

@@ -22,8 +22,9 @@ from bench.limits import machine
 from bench.limits.flags import run_flags, threads_flag
 from bench.limits.isolated_run import OURS, Job, Outcome
 from bench.limits.limited_runs import BenchChildError, run_candidate
+from bench.models.fine_models import FINE_MODELS
 from bench.models.random_copies import write_random_native
-from bench.models.shapes import FINE_MODELS, SHAPES, model_named
+from bench.models.shapes import SHAPES, model_named
 from bench.models.topics import STYLES, TOKENS
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf.header import read_gguf

@@ -373,11 +373,8 @@ def load_weights(
             post=PostWeights(*map(weight, source.post.parts)),
         )
 
-    if token_embd is None:
-        is_output = sources.output.weight is sources.token_embd
-        token_embd = store.weight(sources.token_embd, form(sources.token_embd) if is_output else "mapped")
     return ModelWeights(
-        token_embd=token_embd,
+        token_embd=store.weight(sources.token_embd, "mapped") if token_embd is None else token_embd,
         output_norm=linear(sources.output_norm) if subset.output else Linear(0),
         output=linear(sources.output) if subset.output else Linear(0),
         rope_freqs=weight(sources.rope_freqs),

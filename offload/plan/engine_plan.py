@@ -97,11 +97,6 @@ class EnginePlan:
         return self.tiers is None and not self.devices
 
     @property
-    def is_tied_on_host(self) -> bool:
-        """Whether the token table is the output matrix, and in host memory as such."""
-        return not self.devices and self.sources.output.weight is self.sources.token_embd
-
-    @property
     def driver_bytes(self) -> int:
         """Bytes of host memory that the devices' drivers take, which `tiers` and `weight_forms` count as program."""
         return sum(device.device.driver.total for device in self.devices)
@@ -363,7 +358,7 @@ def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     """Bytes of host memory that experts cannot have, by use."""
     n_cells = 1 if plan.devices else plan.n_cells
     compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
-    compute += plan.pinned + (0 if plan.is_tied_on_host else row_bytes(plan.sources.token_embd, plan.n_batch))
+    compute += plan.pinned + row_bytes(plan.sources.token_embd, plan.n_batch)
     program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.driver_bytes
     if plan.devices:
         return {"program": program + staging_bytes(plan.sources), "weights": 0, "kv": 0, "compute": compute}

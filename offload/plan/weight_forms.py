@@ -172,7 +172,7 @@ def choose_weight_forms(
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
     compute = compute_bytes(spec, needs.n_cells, needs.n_batch)
-    if mode != "mapped" and sources.output.weight is not sources.token_embd:
+    if mode != "mapped":
         compute += row_bytes(sources.token_embd, needs.n_batch)
     possible = repackable_kinds(sources)
     forms = WeightForms("copied", 0, 0, 0, needs.kv, compute, needs.program, n_batch=needs.n_batch)

@@ -18,11 +18,12 @@ from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.converter.convert import ConvertOptions, convert
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UsageError
+from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.plan.engine_config import EngineConfig
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, GGUFContent, StoredTensor, read_content, write_content, write_shards
 from tests.models.tiny_checkpoint import TinyConfig, logits, save_checkpoint
-from tests.models.tiny_gguf import write_tiny_gguf
+from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 DEMO = Path(__file__).parents[2] / "server" / "demo" / "demo.gguf"
 TOKENS = random_tokens(24, 500)
@@ -260,6 +261,21 @@ def test_tied_output(tmp_path: Path, content: GGUFContent) -> None:
     path = write_content(tmp_path / "m.gguf", content.with_values({"output.weight": None}))
     for mode in ("mapped", "copied"):
         assert_same_distributions(scores(path, weights=mode), llama_scores(path))
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_K])
+def test_tied_output_in_a_type_that_is_rearranged(tmp_path: Path, kind: Type) -> None:
+    """Rows of a rearranged matrix are no embeddings."""
+    shape, n_vocab = TinyShape(n_embd=256, n_ff=256), 296
+    content = read_content(write_tiny_gguf(tmp_path / "f32.gguf", None, shape=shape))
+    table = content.tensors["token_embd.weight"].data[:n_vocab]
+    content = content.with_values({"token_embd.weight": table, "output.weight": None})
+    keys: dict[str, int | float | str | bool | None] = {"llama.vocab_size": n_vocab, "tokenizer.ggml.model": "none"}
+    content = content.with_keys(keys).quantised(kind, "token_embd.weight".__eq__)
+    path, tokens = write_content(tmp_path / "m.gguf", content), random_tokens(24, n_vocab)
+    assert can_repack(kind, shape.n_embd, n_vocab)
+    for mode in ("repacked", "both"):
+        assert_same_distributions(single_scores(path, tokens, weights=mode), llama_scores(path, tokens, single=True))
 
 
 def test_biases(tmp_path: Path, moe: Path, content: GGUFContent) -> None:
