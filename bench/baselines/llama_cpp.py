@@ -38,6 +38,7 @@ class LlamaCppConfig:
     """How llama.cpp loads a model; `extra_buffers` is its `--no-repack` the other way round.
 
     `device` is ggml's address of the device that has the whole model; with None the CPU computes, whatever there is.
+    `kv_type` is ggml's number of the KV cache's type.
     """
 
     model: Path
@@ -45,6 +46,7 @@ class LlamaCppConfig:
     n_threads: int
     extra_buffers: bool = True
     device: int | None = None
+    kv_type: int = 1
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes' own
@@ -79,6 +81,7 @@ class LlamaCpp:
         params.n_ctx = config.n_ctx
         params.n_batch = params.n_ubatch = N_BATCH
         params.n_threads = params.n_threads_batch = config.n_threads
+        params.type_k = params.type_v = config.kv_type
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_AUTO
         self._context = llama.llama_init_from_model(self._model, params)
         assert self._context, "llama.cpp made no context"

@@ -40,6 +40,8 @@ OBJECT_BYTES = 32
 """`sizeof(struct ggml_object)`, which a context puts before each tensor."""
 PREC_F32 = 10
 SORT_DESCENDING = 1
+HINT_HADAMARD = 1
+"""What a product is told whose matrix is Hadamard's: backends with a fast transform then do not multiply."""
 BATCH_QUERIES = 64
 """From so many queries on ggml's attention takes its kernel for batches, which is faster and rounds differently."""
 
@@ -167,6 +169,10 @@ def ggml_mul_mat(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_mul_mat_set_hint(product: Ptr, hint: I32) -> None: ...
+
+
+@c_function(_BASE)
 def ggml_mul_mat_id(ctx: Ptr, stack: Ptr, b: Ptr, ids: Ptr) -> Ptr: ...
 
 
@@ -291,10 +297,6 @@ def ggml_cont_2d(ctx: Ptr, a: Ptr, ne0: I64, ne1: I64) -> Ptr: ...
 
 
 @c_function(_BASE)
-def ggml_transpose(ctx: Ptr, a: Ptr) -> Ptr: ...
-
-
-@c_function(_BASE)
 def ggml_flash_attn_ext(
     ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, mask: Ptr, scale: F32, max_bias: F32, softcap: F32
 ) -> Ptr: ...
@@ -306,10 +308,6 @@ def ggml_flash_attn_ext_add_sinks(attended: Ptr, sinks: Ptr) -> None: ...
 
 @c_function(_BASE)
 def ggml_cpy(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
-
-
-@c_function(_BASE)
-def ggml_reshape_1d(ctx: Ptr, a: Ptr, ne0: I64) -> Ptr: ...
 
 
 @c_function(_BASE)

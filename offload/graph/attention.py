@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from gguf import GGMLQuantizationType
+
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.linear import add_linear, add_rms_norm, last_rows
 from slimoe.offload.graph.weights import LayerWeights
-from slimoe.offload.memory.kv_cache import KVTensors
+from slimoe.offload.memory.kv_cache import KVTensors, hadamard_lengths
 from slimoe.offload.model.spec import ModelSpec
 
 
@@ -80,8 +82,7 @@ class AttentionBuilder:
         query, scale = self._normed_head(rotated, layer.q_norm), spec.attention_scale
         if spec.architecture.scales_queries:
             query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
-        self._store(self.cache.keys[index], self._normed_head(self._rope(key, positions, index), layer.k_norm))
-        self._store(self.cache.values[index], value)
+        self._store(index, self._normed_head(self._rope(key, positions, index), layer.k_norm), value)
         attended = self._attend(index, query, n_queries, scale, layer.sinks)
         joined = int(ggml.ggml_reshape_2d(ctx, attended, spec.attention_of(index).n_output, n_queries))
         if gate:
@@ -92,10 +93,7 @@ class AttentionBuilder:
         """Stores keys and values of layer `index` for its normalised input, whose output nobody wants."""
         key, value = (add_linear(self.ctx, layer.qkv[part], hidden) for part in (1, -1))
         key, value = self._key_and_value(index, layer, key, value)
-        self._store(
-            self.cache.keys[index], self._normed_head(self._rope(key, self.inputs.positions, index), layer.k_norm)
-        )
-        self._store(self.cache.values[index], value)
+        self._store(index, self._normed_head(self._rope(key, self.inputs.positions, index), layer.k_norm), value)
 
     def _last(self, vector: int, n: int) -> int:
         """The last `n` elements, of 4 bytes each, of a vector of one for each token."""
@@ -108,6 +106,8 @@ class AttentionBuilder:
         `scale` is the factor on their products with keys, `sinks` F32 [n_head] a logit of each head to no token.
         """
         has_window, own = self.spec.window(index) > 0, self.spec.attention_of(index)
+        of_keys, of_values = self._pieces(index)
+        query = self._transformed(query, of_keys)
         keys = self._cached(self.cache.keys[index], own.key_length)
         # Without values of their own, those of MLA are the beginning of the keys.
         held = self.cache.values.get(index, self.cache.keys[index])
@@ -124,7 +124,24 @@ class AttentionBuilder:
         if sinks:
             ggml.ggml_flash_attn_ext_add_sinks(attended, sinks)
         ggml.ggml_prec_set_acc(attended, ggml.PREC_F32)
-        return int(attended)
+        return self._transformed(int(attended), of_values)
+
+    def _pieces(self, index: int) -> tuple[int, int]:
+        """The lengths of the pieces in which a layer's keys, and values, are rotated before they are stored."""
+        kind = GGMLQuantizationType(ggml.tensor_at(self.cache.keys[index]).type)
+        return hadamard_lengths(self.spec.attention_of(index), kind)
+
+    def _transformed(self, heads: int, length: int) -> int:
+        """The Hadamard transform of each piece of `length` of heads [width, n_head, n]; the same heads for 0."""
+        if not length:
+            return heads
+        ctx, (width, n_head, n), strides = self.ctx, ggml.tensor_at(heads).ne[:3], ggml.tensor_at(heads).nb[1:3]
+        is_one_piece = strides == [4 * width, 4 * width * n_head]
+        flat = ggml.ggml_reshape_2d if is_one_piece else ggml.ggml_cont_2d
+        pieces = flat(ctx, heads, length, width * n_head * n // length)
+        product = ggml.ggml_mul_mat(ctx, self.cache.hadamards[length], pieces)
+        ggml.ggml_mul_mat_set_hint(product, ggml.HINT_HADAMARD)
+        return int(ggml.ggml_reshape_3d(ctx, product, width, n_head, n))
 
     def _qkv(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> tuple[int, int, int, int]:
         """Queries [n_embd_head, n_head, n_queries], keys and values [n_embd_head, n_head_kv, n_tokens], and the gate
@@ -204,11 +221,14 @@ class AttentionBuilder:
         )
         return int(rotated)
 
-    def _store(self, cache: int, heads: int) -> None:
-        """Writes this step's keys or values into their cells; attention must come after it in the graph."""
-        by_head = ggml.ggml_permute(self.ctx, heads, 0, 2, 1, 3)
-        stored = ggml.ggml_set_rows(self.ctx, cache, by_head, self.inputs.cells)
-        ggml.ggml_build_forward_expand(self.graph, stored)
+    def _store(self, index: int, keys: int, values: int = 0) -> None:
+        """Writes this step's keys and values, if there are any, into their cells; attention must come after it."""
+        lengths = self._pieces(index)
+        for held, heads, length in zip((self.cache.keys, self.cache.values), (keys, values), lengths, strict=True):
+            if heads:
+                by_head = ggml.ggml_permute(self.ctx, self._transformed(heads, length), 0, 2, 1, 3)
+                stored = ggml.ggml_set_rows(self.ctx, held[index], by_head, self.inputs.cells)
+                ggml.ggml_build_forward_expand(self.graph, stored)
 
     def _cached(self, cache: int, length: int) -> int:
         """The first n_kv cells of a layer's keys or values, and of these as many values: [length, n_kv, n_head_kv]."""

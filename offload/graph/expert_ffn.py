@@ -127,7 +127,7 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
     """
     n_embd = ggml.tensor_at(total).ne[0]
     n_aux, n_rows = ggml.tensor_at(ids).ne[:2]
-    flat = ggml.ggml_reshape_1d(ctx, ggml.ggml_cont(ctx, ids), n_aux * n_rows)
+    flat = ggml.ggml_view_1d(ctx, ggml.ggml_cont(ctx, ids), n_aux * n_rows, 0)
     whole = ggml.ggml_clamp(ctx, ggml.ggml_sum_rows(ctx, weights), LEAST_AUX_SUM, math.inf)
 
     def mixed(vectors: int, factors: int) -> int:

@@ -57,7 +57,7 @@ class LatentAttentionBuilder(AttentionBuilder):
         absorbed = ggml.ggml_permute(ctx, absorbed, 0, 2, 1, 3)
         query = self._at_temperature(ggml.ggml_concat(ctx, absorbed, turning, 0), n_queries)
         row = ggml.ggml_reshape_3d(ctx, row, latent.n_lora_kv, 1, self.shape.n_tokens)
-        self._store(self.cache.keys[index], ggml.ggml_concat(ctx, row, rotated, 0))
+        self._store(index, ggml.ggml_concat(ctx, row, rotated, 0))
         attended = ggml.ggml_permute(ctx, self._attend(index, query, n_queries, self.spec.attention_scale), 0, 2, 1, 3)
         values = ggml.ggml_mul_mat(ctx, weights.v.weight, attended)
         return int(ggml.ggml_cont(ctx, ggml.ggml_permute(ctx, values, 0, 2, 1, 3)))
@@ -76,8 +76,7 @@ class LatentAttentionBuilder(AttentionBuilder):
         query = self._rope(query, self._last(self.inputs.positions, n_queries), index)
         query = self._at_temperature(ggml.ggml_rope_set_offset(query, n_plain), n_queries)
         key = ggml.ggml_concat(ctx, plain, ggml.ggml_repeat_4d(ctx, rotated, n_rot, n_head, n_tokens, 1), 0)
-        self._store(self.cache.keys[index], key)
-        self._store(self.cache.values[index], value)
+        self._store(index, key, value)
         return self._attend(index, query, n_queries, self.spec.attention_scale)
 
     def _at_temperature(self, query: int, n_queries: int) -> int:

@@ -57,7 +57,7 @@ class RecurrentBuilder:
         ctx, n_kept, n_channels = self.ctx, self.recurrent.n_conv - 1, self.recurrent.n_channels
         states, n_runs = self.cache.convs[index], self.shape.n_runs
         past = ggml.ggml_reshape_3d(ctx, self._read(states), n_kept, n_channels, n_runs)
-        every = ggml.ggml_concat(ctx, past, ggml.ggml_transpose(ctx, columns), 0)
+        every = ggml.ggml_concat(ctx, past, ggml.ggml_permute(ctx, columns, 1, 0, 2, 3), 0)
         strides, n_bytes = ggml.tensor_at(every).nb, 4 * self._n_tokens
         last = ggml.ggml_view_3d(ctx, every, n_kept, n_channels, n_runs, strides[1], strides[2], n_bytes)
         self._write(states, ggml.ggml_cont(ctx, last))

@@ -3,22 +3,28 @@
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
+from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.spec import ModelSpec
 
 KV_TYPES = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
     "q8_0": GGMLQuantizationType.Q8_0,
+    "q4_0": GGMLQuantizationType.Q4_0,
 }
 _ALIGNMENT = 256
 _KEPT_STATES = 3
+_VALUE_PIECE = 64
+_MOST_HADAMARDS = 4
 CELL_STEP = 256
 """The cache is read in steps of so many cells, so that one graph serves as many tokens."""
 
@@ -41,6 +47,44 @@ def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: 
             raise UsageError(f"Heads of {length} do not divide into {kind.name} blocks. Use --kv-type f16.")
     n_values = sum(spec.attention_of(layer).n_cached for layer in _with_attention(spec, layers))
     return int(n_cells * n_values // block * block_bytes)
+
+
+def hadamard_lengths(of: AttentionSpec, kind: GGMLQuantizationType) -> tuple[int, int]:
+    """The lengths of the pieces of keys, and of values, that are rotated before they are stored; 0 is for no rotation.
+
+    A Hadamard matrix spreads a value that is much larger than the others of its block over all of a piece, so that a
+    quantised cache rounds less. Queries are rotated as keys are, which changes no product, and what attention makes of
+    values is rotated back. As in llama.cpp a head of keys is rotated by the largest power of two that divides it and
+    values in pieces of 64, but heads that 64 does not divide in pieces of 32, where llama.cpp leaves them as they are.
+    Nothing is rotated in caches of floats, nor where values are a view of keys (absorbed MLA).
+    """
+    if GGML_QUANT_SIZES[kind][0] == 1 or not of.has_values:
+        return 0, 0
+    keys, values = (length & -length for length in (of.key_length, of.value_length))
+    return keys, min(values, _VALUE_PIECE)
+
+
+def cache_bytes(
+    spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, n_states: int, layers: Collection[int] | None = None
+) -> int:
+    """Bytes of all that a `KVCache` of some `layers` or all holds; raises UsageError as `kv_bytes` does."""
+    states = n_states * state_bytes(spec, layers)
+    return kv_bytes(spec, n_cells, kind, layers) + _hadamard_bytes(spec, kind, layers) + states
+
+
+def _hadamard_bytes(spec: ModelSpec, kind: GGMLQuantizationType, layers: Collection[int] | None) -> int:
+    """Bytes of the matrices by which a cache rotates keys and values."""
+    own = {spec.attention_of(layer) for layer in _with_attention(spec, layers)}
+    return sum(4 * n * n for n in {n for of in own for n in hadamard_lengths(of, kind) if n})
+
+
+def hadamard(n: int) -> NDArray[np.float32]:
+    """The orthonormal Hadamard matrix in Sylvester's order, F32 [n, n], its own inverse; `n` is a power of two."""
+    signs = np.array([[1]], np.float32)
+    while len(signs) < n:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    matrix: NDArray[np.float32] = signs / np.sqrt(np.float32(n))
+    return matrix
 
 
 def state_bytes(spec: ModelSpec, layers: Collection[int] | None = None) -> int:
@@ -70,6 +114,7 @@ class KVTensors(Protocol):
     values: dict[int, int]
     convs: dict[int, int]
     matrices: dict[int, int]
+    hadamards: dict[int, int]
 
 
 class KVCache:
@@ -77,7 +122,8 @@ class KVCache:
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory. Where values are a view of
     the keys, as with absorbed MLA, `values` is empty. Of recurrent layers there are the last inputs of convolutions,
-    `convs`, and the `matrices` of delta nets, F32 [n, n_parts * n_states]: state 0 is that of no tokens.
+    `convs`, and the `matrices` of delta nets, F32 [n, n_parts * n_states]: state 0 is that of no tokens. A quantised
+    cache has the matrices by which keys and values are rotated, `hadamards` F32 [n, n] by their length.
     """
 
     def __init__(
@@ -91,7 +137,9 @@ class KVCache:
     ) -> None:
         assert n_cells % CELL_STEP == 0
         self.n_cells = n_cells
-        self._ctx = ggml.ggml_init(ggml.InitParams(2 * spec.n_layer * ggml.ggml_tensor_overhead() + 1024, None, True))
+        self._ctx = ggml.ggml_init(
+            ggml.InitParams((2 * spec.n_layer + _MOST_HADAMARDS) * ggml.ggml_tensor_overhead() + 1024, None, True)
+        )
         own = {layer: spec.attention_of(layer) for layer in _with_attention(spec, layers)}
         self.keys = {layer: self._tensor(kind, of.key_length, n_cells, of.n_head_kv) for layer, of in own.items()}
         self.values = {
@@ -106,7 +154,9 @@ class KVCache:
             self.convs = {layer: self._rows(recurrent.n_conv_kept // recurrent.n_parts, n_rows) for layer in kept}
             if n_values := recurrent.n_matrix_kept // recurrent.n_parts:
                 self.matrices = {layer: self._rows(n_values, n_rows) for layer in kept}
-        tensors = [held for of in self.kinds for held in of.values()]
+        lengths = sorted({n for of in own.values() for n in hadamard_lengths(of, kind) if n})
+        self.hadamards = {n: self._rows(n, n) for n in lengths}
+        tensors = [held for of in (*self.kinds, self.hadamards) for held in of.values()]
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self.n_bytes = sum(sizes)
         self._buffers = list[int]()
@@ -116,6 +166,9 @@ class KVCache:
         except DoesNotFitError:
             self.close()
             raise
+        for n, tensor in self.hadamards.items():
+            matrix = np.ascontiguousarray(hadamard(n))
+            ggml_backend.ggml_backend_tensor_set(tensor, matrix.ctypes.data, 0, matrix.nbytes)
 
     def _place(self, backend: Backend, tensors: Sequence[int], sizes: Sequence[int]) -> None:
         """Lays tensors one after the other in a buffer of their own."""

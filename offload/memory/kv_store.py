@@ -30,6 +30,12 @@ class KVStore:
         self.caches: dict[str, KVCache] = {}
         self._layers: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def form(self) -> str:
+        """Everything by which the bytes of the same keys and values differ between caches: their type and rotation."""
+        is_rotated = any(cache.hadamards for cache in self.caches.values())
+        return f"{self.kind.name} rotated" if is_rotated else self.kind.name
+
     def arrange(self, places: Mapping[str, KVPlace]) -> None:
         """Lays the caches out in these places, and takes along what they hold; raises DoesNotFitError, as it was then.
 

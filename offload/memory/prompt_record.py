@@ -72,7 +72,7 @@ class RecordForm:
         """The form of what a store holds."""
         rows = tuple(row_shape(tensor) for tensor in store.tensors())
         states = tuple(state_bytes_of(store, tensor) for tensor in store.state_tensors())
-        return cls(model, settings, store.kind.name, block_tokens(_token_bytes(rows)), rows, states)
+        return cls(model, settings, store.form, block_tokens(_token_bytes(rows)), rows, states)
 
     @property
     def root(self) -> bytes:

@@ -11,7 +11,7 @@ from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
 from slimoe.offload.cache.uploads import pinned_bytes
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.memory.kv_cache import kv_bytes, state_bytes
+from slimoe.offload.memory.kv_cache import cache_bytes
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
@@ -164,7 +164,7 @@ def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...
 def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[int, ...]) -> DevicePlan:
     spec = needs.spec
     is_last = layers[-1] == spec.n_layer - 1
-    kv = kv_bytes(spec, needs.n_cells, needs.kv_type, layers) + needs.n_states * state_bytes(spec, layers)
+    kv = cache_bytes(spec, needs.n_cells, needs.kv_type, needs.n_states, layers)
     n_rows = needs.n_rows if is_last else 0
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)

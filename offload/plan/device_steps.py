@@ -19,6 +19,7 @@ from slimoe.offload.graph.linear import add_scaled, last_rows
 from slimoe.offload.graph.router import add_router, router_input, select_experts
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import Form, WeightSubset, load_weights
+from slimoe.offload.memory.kv_cache import hadamard_lengths
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource
@@ -79,6 +80,10 @@ class _Shapes:
             self.keys[layer] = self._new(step.kv_type, of.key_length, *cells)
             if of.has_values:
                 self.values[layer] = self._new(step.kv_type, of.value_length, *cells)
+        lengths = {n for of in own.values() for n in hadamard_lengths(of, step.kv_type) if n}
+        self.hadamards = {n: self._new(GGMLQuantizationType.F32, n, n) for n in sorted(lengths)}
+        for n, tensor in self.hadamards.items():
+            ggml.ggml_set_name(tensor, f"a Hadamard matrix of {n} rows".encode())
         self.convs, self.matrices = dict[int, int](), dict[int, int]()
         if recurrent := spec.recurrent:
             kept = [layer for layer in layers if layer in spec.recurrent_layers]

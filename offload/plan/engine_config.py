@@ -14,7 +14,7 @@ class ContextConfig:
     """How many tokens the KV cache holds and a step reads.
 
     Each of `n_parallel` requests at once has `n_ctx` tokens, None for the model's own number within reason; a step has
-    `n_batch`. `kv_type` is f32, f16 or q8_0.
+    `n_batch`. `kv_type` is f32, f16, q8_0 or q4_0.
     """
 
     n_ctx: int | None = None

@@ -15,7 +15,7 @@ from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
 from slimoe.offload.machine.probe import KernelSpeed
-from slimoe.offload.memory.kv_cache import CELL_STEP, kv_bytes, kv_type, state_bytes, state_count
+from slimoe.offload.memory.kv_cache import CELL_STEP, cache_bytes, kv_type, state_count
 from slimoe.offload.memory.prompt_record import held_bytes
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
@@ -187,7 +187,7 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     # A step has room for a token of everyone.
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
     n_states = state_count(spec, context.n_parallel)
-    kv = kv_bytes(spec, n_cells, kv_type(context.kv_type)) + n_states * state_bytes(spec)
+    kv = cache_bytes(spec, n_cells, kv_type(context.kv_type), n_states)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     records = held_bytes(spec, kv_type(context.kv_type)) if config.prompts.prompt_cache else 0
     own = model.program + memory.reserve_bytes + records

@@ -83,7 +83,7 @@ def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
     if value_bytes == row_bytes:
         value_bytes = 0
     state_bytes = sum(state_bytes_of(store, tensor) for tensor in store.state_tensors())
-    head = SlotHead(model, store.kind.name, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
+    head = SlotHead(model, store.form, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
     cell_bytes = sum(int(shape.ne[2] * shape.nb[1]) for shape in shapes)
     return head if cell_bytes == head.even_bytes else msgspec.structs.replace(head, cell_bytes=cell_bytes)
 
@@ -146,7 +146,8 @@ def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int
     if head != expected:
         raise SlotFileError(
             f"{path.name} was saved from a KV cache of another form ({head.kv_type}, {head.n_tensors} tensors), but "
-            f"this one is {expected.kv_type} of {expected.n_tensors}. Start the server with the same --kv-type."
+            f"this one is {expected.kv_type} of {expected.n_tensors}. Start the server with the same --kv-type, or "
+            "save it anew."
         )
     if not 0 < head.n_tokens <= n_most:
         raise SlotFileError(f"{path.name} has {head.n_tokens} tokens, but the context window has {n_most}.")

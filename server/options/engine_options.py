@@ -14,7 +14,7 @@ from slimoe.server.options.hub_cache import ModelPath
 from slimoe.server.telling import tell
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
-KV_TYPES = ("f16", "q8_0", "f32")
+KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 POLICIES = ("lfu-decay", "lru", "lfu", "static")
 
 
