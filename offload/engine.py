@@ -28,12 +28,12 @@ from slimoe.offload.memory.cells import Cells, common_prefix
 from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.memory.prompt_folder import PromptFolder
 from slimoe.offload.memory.prompt_record import RecordForm
-from slimoe.offload.model.model_file import check_numbers
+from slimoe.offload.model.model_file import check_numbers, has_tokenizer
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
 from slimoe.offload.plan.drafts import no_block, undraftable
 from slimoe.offload.plan.engine_config import EngineConfig, changed
-from slimoe.offload.plan.engine_plan import EnginePlan, has_tokenizer, plan_engine
+from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
 from slimoe.offload.printable import say

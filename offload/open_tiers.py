@@ -390,11 +390,11 @@ class _Opening:
         plan, spec, told = self._plan, self._plan.spec, (self._policy, self._carried.uses)
         sources = [plan.sources.layers[index] for index in self._cut]
         has_more = spec.architecture.is_down_wide or any(one.expert_biases or one.expert_scales for one in sources)
-        has_more |= plan.mtp is not None  # which reads the hidden states of all steps
         if plan.devices or plan.lossy or self._config.trace or has_more or not host_pool.has_all or plan.tiers is None:
             return None
         needed = single_token_bytes(spec, plan.layers) + compute_bytes(spec, plan.n_cells, 1)
         if taken + host_pool.n_bytes + needed > plan.tiers.budget:
             return None
         constants = read_constant_experts(plan.gguf, plan.layers)
-        return SingleTokenSteps(spec, part, self._rows, plan.layers, constants, host_pool, told, self._single)
+        places, is_watched = (plan.layers, constants, host_pool, told, self._single), plan.mtp is not None
+        return SingleTokenSteps(spec, part, self._rows, *places, has_hidden=is_watched)

@@ -104,7 +104,8 @@ class TieredRunner:
         """
         assert batch.n_kv <= self._n_cells
         if batch.n_tokens == 1 and self._single is not None and self._single.is_ready():
-            return self._single.run(batch, is_cancelled)
+            logits, self.hidden = self._single.run(batch, is_cancelled), self._single.hidden
+            return logits
         shape, begin = (batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states)), time.perf_counter()
         self._write_inputs(batch)
         if self._moe_step is not None:

@@ -14,7 +14,7 @@ from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.expert_lookup import ExpertLookup, LayerTable, matrix_structure, stacked_structure
-from slimoe.offload.graph.runner import Logits, Runner
+from slimoe.offload.graph.runner import Hidden, Logits, Runner
 from slimoe.offload.graph.step import graph_bytes
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import FormRule, ModelWeights, WeightStore, load_weights
@@ -88,6 +88,8 @@ class SingleTokenSteps:
         host_pool: HostPool,
         told: tuple[Policy, ExpertUses],
         weights: SingleWeights | None,
+        *,
+        has_hidden: bool = False,
     ) -> None:
         weights = weights or SingleWeights(part.weights, {})
         self._repacked, self._structures = weights.experts, dict[MatrixClass, NDArray[np.uint8]]()
@@ -101,8 +103,22 @@ class SingleTokenSteps:
         self._told = _Told(self._layers, *told)
         self._is_ready = self._write_tables()
         self._runner = Runner(
-            spec, part.backend, part.cache, lambda _: weights.model, rows, 1, self._told, self._lookup, _MAX_GRAPHS
+            spec,
+            part.backend,
+            part.cache,
+            lambda _: weights.model,
+            rows,
+            1,
+            self._told,
+            self._lookup,
+            _MAX_GRAPHS,
+            has_hidden=has_hidden,
         )
+
+    @property
+    def hidden(self) -> Hidden:
+        """The last hidden states of the step before, [1, n_embd], where they are wanted."""
+        return self._runner.hidden
 
     @property
     def compute_bytes(self) -> int:

@@ -49,6 +49,11 @@ class ModelFile:
         return cls(gguf, spec, model_sources(gguf, spec))
 
 
+def has_tokenizer(gguf: GGUFFile) -> bool:
+    """Whether the file carries a vocabulary; without one only token ids go in and out."""
+    return TOKENS in gguf.metadata
+
+
 def check_header(path: Path, header: bytes, n_bytes: int) -> None:
     """Whether a file of `n_bytes` that begins with `header` would be opened; raises as `ModelFile.of` does.
 

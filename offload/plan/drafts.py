@@ -33,7 +33,7 @@ def wanted_block(
 
     Raises ModelFileError for a damaged one.
     """
-    if config.draft != "mtp" or undraftable(config) or devices:
+    if config.draft not in ("mtp", "auto") or undraftable(config) or devices:
         return None
     return mtp_block(gguf, spec, sources)
 

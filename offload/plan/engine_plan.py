@@ -176,7 +176,18 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
 
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
-    """The plan for the configuration's budget, with a shortfall if that is too small."""
+    """The plan for the configuration's budget, with a shortfall if that is too small.
+
+    It has the block that drafts tokens, if that is wanted. Under auto the block's memory is of more use to experts.
+    """
+    block = wanted_block(config, model.gguf, model.spec, model.sources, model.machine.devices)
+    plan = _decide_with(config, model, block)
+    is_whole = plan.is_resident and plan.shortfall is None
+    return plan if block is None or config.draft != "auto" or is_whole else _decide_with(config, model, None)
+
+
+def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> EnginePlan:
+    """The same with a block that drafts tokens, or without."""
     spec, layers = model.spec, model.layers
     machine, context, memory = model.machine, config.context, config.memory
     n_ctx = min(spec.n_ctx_exact, DEFAULT_CTX) if context.n_ctx is None else context.n_ctx
@@ -191,7 +202,6 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     records = held_bytes(spec, kv_type(context.kv_type)) if config.prompts.prompt_cache else 0
     own = model.program + memory.reserve_bytes + records
-    mtp = wanted_block(config, model.gguf, spec, sources, machine.devices)
     if mtp is not None:
         own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv_type(context.kv_type))
     # Kernels that every budget can have let all budgets give the same tokens.
@@ -382,8 +392,3 @@ def _mixed(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: i
 
 def _what(config: EngineConfig, plan: EnginePlan) -> str:
     return f"{config.model} with {plan.n_ctx} tokens of context"
-
-
-def has_tokenizer(gguf: GGUFFile) -> bool:
-    """Whether the file carries a vocabulary; without one only token ids go in and out."""
-    return TOKENS in gguf.metadata

@@ -37,6 +37,10 @@ _FEW_SEEN = 3
 _FLATTENING = 0.4
 """Twice as many tokens take longer by a share, which for the next doubling is thought to be this much of it: the more
 tokens, the fewer experts that none of the others has selected. Where it is more, two steps find out."""
+MOST_PREDICTED = 3
+"""Each token that a model's own block drafts takes a run of it, and the further it looks ahead the more often it is
+wrong."""
+_ASSUMED_RATE, _FORGETTING = 0.7, 1 / 2048
 _GROWTH = 2
 """Without a prediction steps are tried that are at most so many times as large as one that was measured."""
 
@@ -128,13 +132,15 @@ def draft_mode(name: str) -> DraftMode:
 class Drafting:
     """What drafts are for: `none` verifies none, `ngram` those that are likely, `auto` those that save time.
 
-    They are drafted from the text; with `mtp` the model's own block drafts them, and all are verified.
+    They are drafted from the text; with `mtp` the model's own block drafts them, and all are verified. `auto` has the
+    block draft, where there is one, when the text gives nothing, and that saves time.
     What `auto` does depends on the time that steps take; `ngram` does the same for the same text.
     """
 
     def __init__(self, mode: DraftMode = "none", times: StepTimes | None = None) -> None:
         self.mode, self.times = mode, times or StepTimes()
-        self._is_on = False
+        self._is_on = self._is_predicting = False
+        self.block = BlockFigures()
         self.n_accepted = 0
         """Drafted tokens that became part of answers."""
 
@@ -143,12 +149,28 @@ class Drafting:
         """Whether drafts are asked for at all."""
         return self.mode != "none"
 
-    def choose(self, drafts: Sequence[Draft], n_batch: int, n_again: int | None = None) -> list[Draft]:
+    def n_predicted(self, n_writing: int, n_again: int | None) -> int:
+        """How many tokens behind each answer the model's own block shall draft for a step; 0 where that is no gain."""
+        chances = [self.block.rate**depth for depth in range(1, MOST_PREDICTED + 1)]
+        plain = self._plain_seconds(n_writing, n_again)
+        best, most = 0, _KEEP_GAIN if self._is_predicting else _BEGIN_GAIN
+        for n in range(1, MOST_PREDICTED + 1) if plain is not None else ():
+            gain = self._gain(n_writing, n_again, chances[:n] * n_writing, n * n_writing * self.block.seconds)
+            if gain > most:
+                best, most = n, gain
+        if not best:
+            self.block.rest()
+        self._is_predicting = best > 0
+        return best
+
+    def choose(
+        self, drafts: Sequence[Draft], n_batch: int, n_again: int | None = None, *, is_predicted: bool = False
+    ) -> list[Draft]:
         """The beginnings of drafts, one of each request that writes, that a step of at most `n_batch` tokens verifies.
 
-        All of the step together has one of `STEP_SIZES`. The likeliest tokens are taken, of whichever request. With
-        `n_again` layers are recurrent: the step reads so many tokens again, and after a wrong draft the next one reads
-        all that were right, these included.
+        All of the step together has one of `STEP_SIZES`, or if they are `predicted` any. The likeliest tokens are
+        taken, of whichever request. With `n_again` layers are recurrent: the step reads so many tokens again, and after
+        a wrong draft the next one reads all that were right, these included.
         """
         n_writing = len(drafts)
         n_plain = n_writing + (n_again or 0)
@@ -157,8 +179,13 @@ class Drafting:
         ranked = sorted(
             ((chance, number) for number, draft in enumerate(drafts) for chance in draft.chances), reverse=True
         )
-        sizes = [size for size in STEP_SIZES if n_plain < size <= min(n_batch, n_plain + len(ranked))]
-        size = self._size(n_writing, n_again, [chance for chance, _ in ranked], sizes)
+        possible = range(n_plain + 1, n_plain + len(ranked) + 1) if is_predicted else STEP_SIZES
+        sizes = [size for size in possible if n_plain < size <= min(n_batch, n_plain + len(ranked))]
+        # What was predicted has taken its time already.
+        most = 1.0 if is_predicted else _KEEP_GAIN if self._is_on else _BEGIN_GAIN
+        size = self._size(n_writing, n_again, [chance for chance, _ in ranked], sizes, most)
+        if not is_predicted:
+            self._is_on = size > n_plain
         counts = [0] * n_writing
         for _, number in ranked[: size - n_plain]:
             counts[number] += 1
@@ -167,28 +194,65 @@ class Drafting:
             for draft, n in zip(drafts, counts, strict=True)
         ]
 
-    def _size(self, n_writing: int, n_again: int | None, chances: Sequence[float], sizes: Sequence[int]) -> int:
-        """Tokens of the step, those that it has without drafts if these do not pay."""
+    def _size(
+        self, n_writing: int, n_again: int | None, chances: Sequence[float], sizes: Sequence[int], most: float
+    ) -> int:
+        """Tokens of the step, those that it has without drafts if none gains more than `most` times."""
         n_plain = n_writing + (n_again or 0)
         if not sizes:
             return n_plain
         if self.mode == "ngram":
             return max((size for size in sizes if chances[size - n_plain - 1] >= _LIKELY), default=n_plain)
-        alone = self.times.seconds(n_plain)
-        if alone is None:
-            return n_plain
-        best, most = n_plain, _KEEP_GAIN if self._is_on else _BEGIN_GAIN
+        best = n_plain
         for size in sizes:
-            taken, drafted = self.times.seconds(size), chances[: size - n_plain]
-            if taken is None:
-                continue
-            expected = n_writing + sum(drafted)
-            if n_again is not None:
-                taken += max(0.0, taken - alone) / len(drafted) * _expected_again(n_plain, drafted)
-            if expected * alone > most * n_writing * taken:
-                best, most = size, expected * alone / (n_writing * taken)
-        self._is_on = best > n_plain
+            gain = self._gain(n_writing, n_again, chances[: size - n_plain])
+            if gain > most:
+                best, most = size, gain
         return best
+
+    def _plain_seconds(self, n_writing: int, n_again: int | None) -> float | None:
+        """Seconds of the step without drafts; None where nobody knows."""
+        return self.times.seconds(n_writing + (n_again or 0))
+
+    def _gain(
+        self, n_writing: int, n_again: int | None, chances: Sequence[float], drafting_seconds: float = 0.0
+    ) -> float:
+        """How many times as many tokens a second a step gives with drafts of these chances; 0 where nobody knows."""
+        n_plain, alone = n_writing + (n_again or 0), self._plain_seconds(n_writing, n_again)
+        taken = self.times.seconds(n_plain + len(chances))
+        if alone is None or taken is None:
+            return 0.0
+        if n_again is not None:
+            taken += max(0.0, taken - alone) / len(chances) * _expected_again(n_plain, chances)
+        return (n_writing + sum(chances)) * alone / (n_writing * (taken + drafting_seconds))
+
+
+class BlockFigures:
+    """What `auto` knows of the block that drafts tokens: how often one is right if those before are, and its time.
+
+    As long as nothing is known, it is thought to be right rather often, and to take no time: what is tried is measured.
+    """
+
+    def __init__(self) -> None:
+        self.rate, self.seconds = _ASSUMED_RATE, 0.0
+        self._n_timed = 0
+
+    def note_time(self, n_drafted: int, seconds: float) -> None:
+        """So many tokens were drafted in so long; the first time builds graphs and does not count."""
+        self._n_timed += 1
+        if self._n_timed > 1 and n_drafted:
+            each = seconds / n_drafted
+            known = min(each, _MOST_OF_MEAN * self.seconds) if self._n_timed > _FEW_SEEN else each
+            self.seconds += max(_FADING, 1 / (self._n_timed - 1)) * (known - self.seconds)
+
+    def note_right(self, n_drafted: int, n_right: int) -> None:
+        """Of so many drafted tokens so many were right."""
+        for is_right in [True] * n_right + [False] * (n_right < n_drafted):
+            self.rate += _FADING * (is_right - self.rate)
+
+    def rest(self) -> None:
+        """Nothing was drafted: what was found holds less and less."""
+        self.rate += _FORGETTING * (_ASSUMED_RATE - self.rate)
 
 
 def _expected_again(n_plain: int, chances: Sequence[float]) -> float:

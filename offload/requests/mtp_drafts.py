@@ -14,11 +14,10 @@ import numpy as np
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.memory.cells import Cells
+from slimoe.offload.requests.drafting import MOST_PREDICTED
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.requests.text_drafts import NO_DRAFT, Acceptance, Draft
 
-MOST_PREDICTED = 3
-"""Each drafted token takes a run of the block, and the further it looks ahead the more often it is wrong."""
 _MOST_ROWS = 16
 """Hidden states that are kept of a step: those of a step that verifies drafts."""
 _LIKELY = 0.5
@@ -70,17 +69,21 @@ class MtpDrafts:
             row += run.n_tokens
         self._block().store(batch, before)
 
-    def taken(self, job: Generator, n_drafted: int) -> None:
-        """Learns what became of the tokens that the last step has read for a request, `n_drafted` of them drafts."""
+    def taken(self, job: Generator, n_drafted: int) -> int:
+        """Learns what became of the tokens that the last step has read for a request, `n_drafted` of them drafts.
+
+        Returns how many of these the block has drafted.
+        """
         text = self._texts[job]
         n_kept = len(text.rows) - job.n_rejected
-        for index, probability in enumerate(text.probabilities[:n_drafted]):
+        probabilities, text.probabilities = text.probabilities[:n_drafted], []
+        for index, probability in enumerate(probabilities):
             is_right = index < n_drafted - job.n_rejected
             text.acceptance.note(probability, is_right=is_right)
             if not is_right:
                 break
-        text.probabilities = []
         text.before = np.concatenate([text.before[:1], text.rows])[n_kept - job.n_again : n_kept + 1]
+        return len(probabilities)
 
     def forget(self, job: Generator) -> None:
         """Forgets a request that is over."""

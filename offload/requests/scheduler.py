@@ -180,6 +180,10 @@ class Scheduler:
             n_most = max(0, min(MOST_DRAFTED, n_room))
             drafts = [part.job.draft(n_most) for part in parts]
             chosen = self._drafting.choose(drafts, self._n_batch, n_again)
+            if self._mtp is not None and not any(draft.tokens for draft in chosen):
+                n_most = min(n_room // len(parts), self._drafting.n_predicted(len(parts), n_again))
+                drafts = self._predicted(parts, n_most)
+                chosen = self._drafting.choose(drafts, self._n_batch, n_again, is_predicted=True)
         return [
             part._replace(tokens=part.tokens + draft.tokens, n_drafted=len(draft.tokens))
             for part, draft in zip(parts, chosen, strict=True)
@@ -187,13 +191,16 @@ class Scheduler:
 
     def _predicted(self, parts: list[_Part], n_most: int) -> list[Draft]:
         """What the block that predicts tokens drafts for each part, at most so many."""
-        if self._mtp is None:
+        if self._mtp is None or n_most <= 0:
             return [NO_DRAFT] * len(parts)
         jobs = [part.job for part in parts]
         if self._cells.has_states:
             # Else one wrong draft after the other would let each step read all of those before again.
             n_most = min(n_most, _MOST_READ - len(parts[0].tokens))
-        return self._mtp.propose(jobs, [min(n_most, job.n_draftable) for job in jobs])
+        begin = time.perf_counter()
+        drafts = self._mtp.propose(jobs, [min(n_most, job.n_draftable) for job in jobs])
+        self._drafting.block.note_time(sum(len(draft.tokens) for draft in drafts), time.perf_counter() - begin)
+        return drafts
 
     def _load(self, reading: Generator, *, is_alone: bool) -> bool:
         """Reads what is on disk of a prompt, or a part of it; whether the rest is to be computed."""
@@ -275,7 +282,8 @@ class Scheduler:
             self._cells.truncate(part.sequence, n_wanted)
             job.read_again(right[len(right) - (n_wanted - len(part.sequence)) :])
         if self._mtp is not None:
-            self._mtp.taken(job, part.n_drafted)
+            n_predicted = self._mtp.taken(job, part.n_drafted)
+            self._drafting.block.note_right(n_predicted, max(0, n_predicted - job.n_rejected))
         job.n_rejected = 0
 
     def _undo(self, parts: list[_Part], before: list[int]) -> None:

@@ -95,6 +95,19 @@ def test_beside_each_other(right: Path) -> None:
     assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 30
 
 
+def test_auto_takes_the_block_where_all_is_in_memory(right: Path) -> None:
+    with closing(open_engine("resident", right, "none")) as plain:
+        wanted = [one.tokens for one in answers(plain, *REQUESTS.values())]
+    with closing(open_engine("resident", right, "auto")) as engine:
+        assert engine.plan.mtp is not None
+        assert [one.tokens for one in answers(engine, *REQUESTS.values())] == wanted
+    needed = plan_engine(config(right)).weight_forms.required
+    with_block = plan_engine(config(right, draft="auto", ram=f"{2 * needed}B"))
+    without = plan_engine(config(right, draft="auto", ram=f"{needed + 1}B"))
+    assert (with_block.mtp is None, without.mtp is None) == (False, True)
+    assert without.is_resident
+
+
 def test_its_memory_is_planned(right: Path) -> None:
     without, with_block = (plan_engine(config(right, draft=draft)) for draft in ("none", "mtp"))
     assert with_block.mtp is not None

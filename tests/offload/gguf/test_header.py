@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.errors import ModelFileError, SlimoeError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, number_array, read_gguf
 from slimoe.offload.gguf.metadata_keys import MetadataKeys
-from slimoe.offload.plan.engine_plan import has_tokenizer, plan_engine
+from slimoe.offload.model.model_file import has_tokenizer
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.text.tokenizer import Tokenizer
 from tests.models.configs import engine_config
 from tests.models.gguf_content import (

@@ -388,6 +388,32 @@ def test_the_likeliest_tokens_of_all_requests_are_taken() -> None:
     assert sizes(drafting, *[draft(0.9)] * 20) == [0] * 20
 
 
+def test_auto_has_the_block_draft_where_that_saves_time() -> None:
+    by_size = {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.6}
+    drafting = Drafting("auto", times(by_size))
+    assert drafting.n_predicted(1, None) == 3, "2.53 tokens in 1.6 steps' time"
+    for _ in range(99):
+        drafting.block.note_time(3, 1.5)
+    assert drafting.n_predicted(1, None) == 0, "a draft takes half a step"
+    for _ in range(999):
+        drafting.block.note_time(3, 0.15)
+        drafting.block.note_right(3, 3)
+    assert drafting.n_predicted(1, None) == 3
+    for _ in range(99):
+        drafting.block.note_right(1, 0)
+    assert drafting.n_predicted(1, None) == 0, "nothing is right any more"
+    for _ in range(9999):
+        drafting.n_predicted(1, None)
+    assert drafting.n_predicted(1, None) > 0, "it is tried again, later"
+
+
+def test_of_what_the_block_has_drafted_any_number_is_verified() -> None:
+    drafting = Drafting("auto", times({1: 1.0, 2: 1.2, 3: 1.4, 4: 1.6}))
+    chosen = drafting.choose([draft(0.8, 2)], 512, is_predicted=True)
+    assert [len(one.tokens) for one in chosen] == [2]
+    assert sizes(drafting, draft(0.8, 2)) == [1], "others in few sizes of steps"
+
+
 def test_reading_again_is_a_price_where_layers_are_recurrent() -> None:
     """Of one draft with the chance 0.6, 0.4 tokens are read again, each for 0.3 of a step."""
     by_size = {1: 1.0, 2: 1.3, 4: 9.0, 8: 9.0, 16: 9.0}
