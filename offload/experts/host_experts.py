@@ -162,7 +162,10 @@ class HostExperts:
         assert banks is not None
         for slot_class, same in by_class.items():
             phases = banks.phases[banks.classes.index(slot_class)]
-            if phases is None:
+            if phases is None and n_rows == 1:
+                experts = [(one.key[1], slot.addresses) for one, slot in same]
+                self._graphs.run_apart(index, slot_class, experts, [int(one.columns[0]) for one, _ in same])
+            elif phases is None:
                 for one, slot in same:
                     work = BankWork(index, slot_class, alone(slot.addresses), *pairs_of([one], [0]))
                     self._graphs.run(work, n_rows, is_cancelled)

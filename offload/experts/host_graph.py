@@ -3,13 +3,13 @@
 A bank of slots is a stack of matrices for `mul_mat_id`, whose ids are numbers of slots that are filled: nothing
 negative or stale can reach it, and no token has an id twice. Its kernels, unlike those of `mul_mat`, are the ones the
 uncut graph takes. A graph for any pairs is told before each run where its bank begins, so that it serves every layer;
-one for a single token's experts is a layer's own. An expert that is not at hand yet, or whose matrices do not lie as
-the others' do, is a bank of its own.
+one for a single token's experts is a layer's own. An expert whose matrices do not lie as the others' do is a bank of
+its own; a single token's experts of that kind still have one graph together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from slimoe.offload.cache.host_slots import Bank
+from slimoe.offload.cache.host_slots import Addresses, Bank
 from slimoe.offload.experts.pair_graph import PairBuilder, PairInputs, add_input
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
@@ -35,6 +35,7 @@ _MAPPING_BYTES = 8
 _MOST_MAPPING = 8 << 20
 
 
+_Numbers = NDArray[np.integer[Any]] | Sequence[int] | int
 Form = tuple[tuple[int, int], ...]
 """The number of experts and the bytes of each in the stacks of gate's, up's and down's biases, then of their scales.
 
@@ -118,6 +119,15 @@ class _Pairs:
 
 
 @dataclass(frozen=True, slots=True)
+class _Apart:
+    """The shape of a graph for a single token's experts of whatever layer, each of which is a bank of its own."""
+
+    slot_class: SlotClass
+    form: Form
+    n_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenShape:
     """The shape of a graph for a single token's experts, all of one layer and in one bank."""
 
@@ -142,6 +152,12 @@ class _Prepared:
         """Has the inputs of any pairs."""
         self.tokens, self.columns = _vector(pairs.tokens), _vector(pairs.columns)
 
+    def write(self, slots: _Numbers, columns: _Numbers, tokens: _Numbers, experts: _Numbers) -> None:
+        """Fills the inputs of any pairs."""
+        self.slots[:], self.columns[:], self.tokens[:] = slots, columns, tokens
+        if self.experts is not None:
+            self.experts[:] = experts
+
     def point(self, bank: Bank, vectors: Sequence[int]) -> None:
         """Lets the stacks be those of a bank, and the vectors begin at these addresses."""
         if bank is self._bank and not vectors:
@@ -150,6 +166,15 @@ class _Prepared:
         for stack, address in zip(self.stacks, bank.addresses, strict=True):
             stack.data, stack.ne[2], stack.nb[2] = address, bank.n_slots, bank.stride
             stack.nb[3] = bank.stride * bank.n_slots
+        self._point_vectors(vectors)
+
+    def point_apart(self, experts: Sequence[Addresses], vectors: Sequence[int]) -> None:
+        """Lets the stacks be single matrices, gate, up and down of one expert after the other."""
+        for stack, address in zip(self.stacks, chain.from_iterable(experts), strict=True):
+            stack.data = address
+        self._point_vectors(vectors)
+
+    def _point_vectors(self, vectors: Sequence[int]) -> None:
         for vector, address in zip(self.vectors, vectors, strict=True):
             if vector is not None:
                 vector.data = address
@@ -196,15 +221,21 @@ class ExpertGraphs:
         form = self._vectors.form(work.layer)
         prepared = self._graphs.get(_Pairs(work.slot_class, form, len(work.columns), n_tokens))
         prepared.point(work.bank, self._vectors.addresses(work.layer))
-        if prepared.experts is not None:
-            prepared.experts[:] = work.experts
-        prepared.slots[:] = work.slots
-        prepared.columns[:] = work.columns
-        prepared.tokens[:] = work.columns // self._exchange.shape.n_used
+        prepared.write(work.slots, work.columns, work.columns // self._exchange.shape.n_used, work.experts)
         if is_cancelled is None:
             self._backend.compute(prepared.graph)
         else:
             self._backend.compute_until(prepared.graph, is_cancelled)
+
+    def run_apart(
+        self, layer: int, slot_class: SlotClass, experts: Sequence[tuple[int, Addresses]], columns: Sequence[int]
+    ) -> None:
+        """Fills these columns of a single token; `experts` are the layer's numbers, and where their matrices begin."""
+        form = self._vectors.form(layer)
+        prepared = self._graphs.get(_Apart(slot_class, form, len(experts)))
+        prepared.point_apart([addresses for _, addresses in experts], self._vectors.addresses(layer))
+        prepared.write(0, columns, 0, [number for number, _ in experts])
+        self._backend.compute(prepared.graph)
 
     def run_token(self, shape: TokenShape, slots: NDArray[np.integer[Any]], experts: NDArray[np.integer[Any]]) -> None:
         """Fills all columns of a single token, whose `experts` of a layer are in these slots, no two of them equal."""
@@ -214,32 +245,40 @@ class ExpertGraphs:
             prepared.experts[:] = experts
         self._backend.compute(prepared.graph)
 
-    def _build(self, shape: _Pairs | TokenShape) -> BuiltGraph[_Prepared]:
-        n_bytes = 2 * _N_NODES * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(_N_NODES, False)
+    def _build(self, shape: _Pairs | _Apart | TokenShape) -> BuiltGraph[_Prepared]:
+        n_banks = shape.n_pairs if isinstance(shape, _Apart) else 1
+        n_nodes = n_banks * _N_NODES
+        n_bytes = 2 * n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
         ctx = ggml.ggml_init(ggml.InitParams(n_bytes, None, True))
-        graph = ggml.ggml_new_graph_custom(ctx, _N_NODES, False)
-        stacks = [int(ggml.ggml_new_tensor_3d(ctx, kind, ne[0], ne[1], 1)) for kind, ne in shape.slot_class]
-        form = shape.form if isinstance(shape, _Pairs) else self._vectors.form(shape.layer)
+        graph = ggml.ggml_new_graph_custom(ctx, n_nodes, False)
+        matrices = [*shape.slot_class] * n_banks
+        stacks = [int(ggml.ggml_new_tensor_3d(ctx, kind, ne[0], ne[1], 1)) for kind, ne in matrices]
+        form = self._vectors.form(shape.layer) if isinstance(shape, TokenShape) else shape.form
         vectors = _add_vectors(ctx, shape.slot_class, form)
         for stack in (*stacks, *filter(None, vectors)):
             structure = ggml.tensor_at(stack)
             structure.buffer = self._nowhere
             structure.data = ggml_backend.ggml_backend_buffer_get_base(self._nowhere)
         extras = ExpertExtras(self._vectors.activation, tuple(vectors[:3]), tuple(vectors[3:]))
-        if isinstance(shape, _Pairs):
-            pairs = PairInputs.apart(ctx, shape.n_pairs, extras)
-            PairBuilder(ctx, graph, self._exchange, shape.n_tokens).add(stacks, pairs, extras)
-            slots, experts = pairs.slots, pairs.experts
-        else:
+        builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens if isinstance(shape, _Pairs) else 1)
+        if isinstance(shape, TokenShape):
             slots = add_input(ctx, self._exchange.shape.n_used)
-            experts = PairBuilder(ctx, graph, self._exchange, 1).add_token(stacks, slots, extras)
+            experts = builder.add_token(stacks, slots, extras)
+        else:
+            pairs = PairInputs.apart(ctx, shape.n_pairs, extras)
+            slots, experts = pairs.slots, pairs.experts
+            if isinstance(shape, _Pairs):
+                builder.add(stacks, pairs, extras)
+            else:
+                for number in range(shape.n_pairs):
+                    builder.add(stacks[3 * number : 3 * number + 3], pairs.one(ctx, number), extras)
 
         def prepare() -> _Prepared:
             prepared = _Prepared(graph, stacks, vectors, slots, experts)
-            if isinstance(shape, _Pairs):
-                prepared.gather(pairs)
-            else:
+            if isinstance(shape, TokenShape):
                 prepared.point(shape.bank, self._vectors.addresses(shape.layer))
+            else:
+                prepared.gather(pairs)
             return prepared
 
         return BuiltGraph(ctx, graph, prepare)

@@ -27,6 +27,11 @@ class PairInputs:
     tokens: int = 0
     experts: int = 0
 
+    def one(self, ctx: int, pair: int) -> "PairInputs":
+        """Those of a single pair among them."""
+        every = (self.slots, self.columns, self.tokens, self.experts)
+        return PairInputs(*(int(ggml.ggml_view_1d(ctx, one, 1, 4 * pair)) if one else 0 for one in every))
+
     @classmethod
     def apart(cls, ctx: int, n_pairs: int, extras: ExpertExtras) -> "PairInputs":
         """Inputs for pairs of any tokens, each of them a tensor of its own."""

@@ -287,6 +287,36 @@ def test_experts_that_have_arrived_are_computed_in_one_graph(
     assert n_graphs <= 6
 
 
+def test_a_tokens_experts_have_one_graph_wherever_in_their_pages_they_begin(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices whose bytes are no whole pages are no stack in their slots."""
+    shape = TinyShape(n_layer=3, n_expert=8, n_expert_used=4, n_ff=40)
+    path = write_tiny_gguf(directory / "phases.gguf", None, shape=shape)
+    submit, run, n_experts = DiskReader.submit, ExpertGraphs.run_apart, list[int]()
+
+    def read_at_once(reader: DiskReader, *rest: Any, **named: Any) -> Read:
+        read = submit(reader, *rest, **named)
+        reader.wait(read)
+        return read
+
+    def watched_run(graphs: ExpertGraphs, layer: int, kind: SlotClass, experts: Any, columns: Sequence[int]) -> None:
+        n_experts.append(len(experts))
+        run(graphs, layer, kind, experts, columns)
+
+    tokens = TOKENS[9:15]
+    with closing(resident_engine(config(path))) as engine:
+        engine.prefill(TOKENS[:9])
+        expected = [engine.decode(token).copy() for token in tokens]
+    with closing(tiered_engine(config(path), 0.6, 0)) as engine:
+        engine.prefill(TOKENS[:9])
+        monkeypatch.setattr(DiskReader, "submit", read_at_once)
+        monkeypatch.setattr(ExpertGraphs, "run_apart", watched_run)
+        for token, logits in zip(tokens, expected, strict=True):
+            np.testing.assert_array_equal(engine.decode(token), logits)
+    assert n_experts == [4] * 3 * len(tokens)
+
+
 # --- what is multiplied ------------------------------------------------------------------------------------
 
 
@@ -301,7 +331,7 @@ class Stops:
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
     stops, run, multiply = Stops([]), MoEStep.run, ExpertGraphs.run
-    multiply_token = ExpertGraphs.run_token
+    multiply_token, multiply_apart = ExpertGraphs.run_token, ExpertGraphs.run_apart
 
     def watched_stop(moe_step: MoEStep, segment: Segment, n_rows: int, is_cancelled: Any) -> None:
         exchange = moe_step.parts[segment.last].exchange
@@ -315,6 +345,10 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
         assert np.isnan(outputs[n_columns:]).all()
         stops.n_stops += 1
 
+    def watched_apart(graphs: ExpertGraphs, layer: int, kind: SlotClass, experts: Any, columns: Sequence[int]) -> None:
+        stops.columns += columns
+        multiply_apart(graphs, layer, kind, experts, columns)
+
     def watched_product(graphs: ExpertGraphs, work: BankWork, *rest: Any) -> None:
         if not work.is_token:  # which `run_token` sees
             stops.columns += work.columns.tolist()
@@ -327,6 +361,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
         multiply_token(graphs, shape, slots, experts)
 
     monkeypatch.setattr(ExpertGraphs, "run", watched_product)
+    monkeypatch.setattr(ExpertGraphs, "run_apart", watched_apart)
     monkeypatch.setattr(ExpertGraphs, "run_token", watched_token)
     return stops
 
