@@ -43,7 +43,8 @@ class ConvertOptions:
     """What to convert: the checkpoint directory or GGUF file, the file to write, the name of a type or mix of types.
 
     0 threads means one a core. `pair`, if any, is in place of `type`: the types "HIGH,LOW" of a native file's two
-    copies of every expert. `imatrix` is the file of an importance matrix, or of statistics, to fit weights to.
+    copies of every expert. `imatrix` is the file of an importance matrix, or of statistics, to fit weights to. If it
+    `keeps_mtp`, so does the file keep the block that predicts a further token.
     """
 
     source: Path
@@ -53,6 +54,7 @@ class ConvertOptions:
     force: bool = False
     pair: str | None = None
     imatrix: Path | None = None
+    keeps_mtp: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +134,19 @@ def plan(options: ConvertOptions) -> Conversion:
     """
     named = find_recipe(options.type or DEFAULT_TYPE)
     mixes: Sequence[TypeRecipe] = (named,) if options.pair is None else find_pair(options.pair)
-    source = open_source(options.source)
+    source = open_source(options.source, keeps_mtp=options.keeps_mtp)
     if options.type is None and options.pair is None:
         mixes = (find_recipe(default_type(source)),)
     if len(mixes) > 1 and not source.spec.n_expert:
         raise UnsupportedModelError(source.path, "the model has no experts to store twice.", "Convert it with --type.")
     given = None if options.imatrix is None else read_importance(options.imatrix, source)
 
+    # What the layers get does not depend on the block behind them.
+    n_layer = source.spec.n_layer - source.spec.has_mtp_layer
+
     def wanted(name: str, copy: int) -> Type:
         is_moe = source.spec.n_expert > 0
-        return mixes[copy].type_of(name, source.spec.n_layer, moe=is_moe, tied=source.is_tied)
+        return mixes[copy].type_of(name, n_layer, moe=is_moe, tied=source.is_tied)
 
     asked = ",".join(mix.name for mix in mixes)
     layers = tuple(whole_layer(source, block) for block in range(source.spec.n_layer))

@@ -191,7 +191,7 @@ def open_mtp(
         output=linear(sources.output) if block.has_output else model.output,
         output_norm=linear(sources.output_norm) if block.has_output_norm else model.output_norm,
     )
-    norms = (store.weight(norm, "copied") for norm in (block.token_norm, block.hidden_norm))
+    norms = (store.weight(norm, "copied") for norm in block.norms)
     runner = MtpRunner(
         block.spec, backend, cache, MtpWeights(ends, linear(block.joint), *norms), rows, plan.n_batch, plan.n_parallel
     )

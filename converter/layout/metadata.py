@@ -53,7 +53,8 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
 def left_out(source: ModelSource) -> tuple[str, ...]:
     """Notes about what files made of a model lack, or compute otherwise; none where that is nothing."""
     n_nextn, difference = source.spec.n_layer_nextn, source.spec.architecture.difference
-    blocks = f"What predicts further tokens (MTP, {n_nextn} of the blocks) is left out: nothing runs it."
+    advice = ": --mtp keeps it" if source.spec.architecture.has_mtp else ": nothing runs it"
+    blocks = f"What predicts further tokens (MTP, {n_nextn} of the blocks) is left out{advice}."
     own = source.notes if isinstance(source, StoredModel) else ()
     return (*([blocks] if n_nextn else ()), *own, *([difference] if difference else ()))
 

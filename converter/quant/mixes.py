@@ -59,7 +59,8 @@ class TypeRecipe:
 
     def type_of(self, name: str, n_layer: int, *, moe: bool, tied: bool) -> Type:
         """The type of the matrix `name`; `tied` says that the token table is also the output matrix."""
-        if name == "output.weight" or (tied and name == "token_embd.weight"):
+        is_output = name == "output.weight" or name.endswith(".nextn.shared_head_head.weight")
+        if is_output or (tied and name == "token_embd.weight"):
             return output_type(self.base)
         layer, role = layer_and_role(name.replace("_shexp.", "."))
         rule = (self.moe_roles if moe else {}).get(role) or self.roles.get(role)
@@ -81,7 +82,7 @@ def layer_and_role(name: str) -> tuple[int, str]:
     return int(parts[1]), ".".join(parts[2 : 2 + n_parts]).removesuffix("_exps")
 
 
-_OF_TWO_PARTS = ("shortconv",)
+_OF_TWO_PARTS = ("shortconv", "nextn")
 """How roles begin that have a point in them."""
 _SHIELD = {
     **dict.fromkeys((f"attn_{role}" for role in ("k", "v", "kv_a_mqa", "k_b", "v_b", "kv_b")), always(Type.Q8_0)),
@@ -89,9 +90,11 @@ _SHIELD = {
     **dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_ba"), always(Type.Q8_0)),
     **dict.fromkeys(("attn_qkv", "ssm_out", "shortconv.in_proj"), always(Type.Q6_K)),
     **dict.fromkeys(("attn_gate", "shortconv.out_proj"), always(Type.Q5_K)),
+    "nextn.eh_proj": always(Type.Q8_0),
 }
 """Keys and values, or the low-rank matrices that make them, are few, and every head reads them. So are the matrices of
-recurrent layers, whose errors add up in a state: most of all those that say what a state forgets and takes in.
+recurrent layers, whose errors add up in a state: most of all those that say what a state forgets and takes in. All that
+an MTP block knows of a text passes one small matrix.
 """
 _FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,

@@ -31,12 +31,13 @@ from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec, skipped_prefixes
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer
 from slimoe.converter.source.rotation import read_rotation
-from slimoe.converter.source.stored_model import StoredModel
+from slimoe.converter.source.stored_model import StoredModel, no_mtp_block
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo, Value
 from slimoe.offload.model.architectures import variant_of
+from slimoe.offload.model.mtp_block import with_mtp_layer
 from slimoe.offload.model.tensor_list import check_tensors
 
 _FILES = (
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family 
 _IMAGES = (".visual.", ".vision_tower.", ".audio_tower.", ".embed_vision.", ".embed_audio.")
 """Parts of the names of tensors that have to do with images, or with sounds where a model hears as well."""
 _LEFT_OUT = {
-    False: "What predicts further tokens (MTP) is left out: nothing runs it.",
+    False: "What predicts further tokens (MTP) is left out: {why}.",
     True: "What reads images is left out: the language model is what is converted.",
 }
 """What is told of tensors that are not read, by whether they are an image encoder's."""
@@ -56,9 +57,10 @@ _LICENCE = re.compile(r"\A---\n(?:.*\n)*?license:[ \t]*([\w.+-]+)[ \t]*\n")
 """The licence that a model card names in its front matter."""
 
 
-def checkpoint_source(path: Path) -> StoredModel:
+def checkpoint_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
     """Opens a directory with config.json, safetensors and a tokenizer, of which only headers are read now.
 
+    With `keeps_mtp` the block that predicts a further token is the last layer.
     Raises ModelFileError or UnsupportedModelError for whatever is wrong with it, and LibraryError where bitsandbytes
     is needed and absent.
     """
@@ -69,7 +71,12 @@ def checkpoint_source(path: Path) -> StoredModel:
     if spec.n_expert_used > spec.n_expert:
         problem = f"a token selects {spec.n_expert_used} of {spec.n_expert} experts."
         raise ModelFileError(checkpoint.config_path, problem, "Download the checkpoint again.")
+    if keeps_mtp and (not spec.architecture.has_mtp or config.n_layer_nextn > 1):
+        raise no_mtp_block(path)
+    spec = with_mtp_layer(spec) if keeps_mtp else spec
     matrices = checkpoint_matrices(checkpoint, family, config, spec, rotation.divisors)
+    if keeps_mtp and MatrixKey(f"blk.{spec.n_layer - 1}.nextn.eh_proj.weight") not in matrices:
+        raise no_mtp_block(path)
     n_matrices = Counter(key.name for key in matrices)
     tensors = {}
     for key, matrix in matrices.items():
@@ -93,10 +100,11 @@ def checkpoint_source(path: Path) -> StoredModel:
         metadata["general.license"] = licence[1]
     metadata |= {key: value for key, value in checkpoint.provenance.items() if key in keys.CARRIED}
     metadata |= tokenizer_metadata(path, spec.n_vocab, family.token_ids)
-    skipped = skipped_prefixes(family, config)
+    skipped = skipped_prefixes(family, config, keeps_mtp=keeps_mtp)
     unread = [name for name in checkpoint.tensors if name.startswith(skipped)] if skipped else []
+    why = "--mtp keeps it" if spec.architecture.has_mtp else "nothing runs it"
     left_out = tuple(
-        note
+        note.format(why=why)
         for is_image, note in _LEFT_OUT.items()
         if any(any(part in one for part in _IMAGES) is is_image for one in unread)
     )

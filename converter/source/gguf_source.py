@@ -10,13 +10,15 @@ import numpy as np
 
 from slimoe.converter.gguf.bytes import add_samples, read_bytes
 from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, constant_key, expert_key
-from slimoe.converter.source.stored_model import StoredModel
+from slimoe.converter.source.stored_model import StoredModel, no_mtp_block
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
 from slimoe.offload.model.model_file import ModelFile
+from slimoe.offload.model.mtp_block import mtp_block
 from slimoe.offload.model.regrouped import expert_matrices, stacked_matrix
+from slimoe.offload.model.tensor_list import with_listed_shapes
 from slimoe.offload.model.tensors import LayerSources, WeightSource
 from slimoe.offload.text.tokenizer import Tokenizer
 
@@ -25,10 +27,11 @@ _OF_THE_FILE = ("architecture", "alignment", "file_type", "quantization_version"
 _CARRIED = (*keys.OF_THE_TOKENIZER, *keys.CARRIED)
 
 
-def gguf_source(path: Path, copy: int = 0) -> StoredModel:
+def gguf_source(path: Path, copy: int = 0, *, keeps_mtp: bool = False) -> StoredModel:
     """Opens a GGUF file by its name, or by that of its first shard; only headers are read now.
 
-    Of an expert with several copies number `copy` counts, or its last one; 0 is the best. The digest covers all headers
+    Of an expert with several copies number `copy` counts, or its last one; 0 is the best. With `keeps_mtp` the block
+    that predicts a further token is the last layer. The digest covers all headers
     and the first 4096 bytes of every tensor: files of different types made of one checkpoint are different sources.
     Raises ModelFileError and UnsupportedModelError as the engine does that would run the file.
     """
@@ -40,10 +43,16 @@ def gguf_source(path: Path, copy: int = 0) -> StoredModel:
     if keys.TOKENS in gguf.metadata:
         Tokenizer.open(gguf).close()
     found: dict[MatrixKey, StoredMatrix] = {}
+    block, blocks = mtp_block(gguf, spec, sources) if keeps_mtp else None, sources.layers
+    if block is not None:
+        gguf, spec, blocks = with_listed_shapes(gguf, block.spec), block.spec, block.sources.layers
+        found |= {MatrixKey(weight.name): _matrix(gguf, weight) for weight in block.own.values()}
+    elif keeps_mtp:
+        raise no_mtp_block(path)
     for weight in sources.whole:
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
     layers = []
-    for index, layer in enumerate(sources.layers):
+    for index, layer in enumerate(blocks):
         found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
         n_expert = layer.router.weight.ne[1] if layer.router else 0
         stored = len(layer.buckets.layout.buckets) if layer.buckets else n_expert

@@ -42,6 +42,14 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _IGNORED = ("rotary_emb.inv_freq",)
 _AGAIN = "Download the checkpoint again."
+_MTP = "mtp."
+_MTP_OWN = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "shared_head.norm",
+}
+"""What the block that predicts further tokens has that no layer has, by Qwen's names, which are GLM's in a layer."""
 
 
 def model_spec(family: Family, config: ModelConfig, rope: RopeSpec) -> ModelSpec:
@@ -86,8 +94,12 @@ def checkpoint_matrices(
     stored tensor that has no place, ModelFileError for a missing expert, and as `stored_matrices` does.
     """
     found: dict[MatrixKey, StoredMatrix] = {}
-    for name, stored in kept_tensors(checkpoint, family, config).items():
-        found |= matrices_of(name, stored, family, config)
+    own_block = f"blk.{spec.n_layer - 1}." if spec.has_mtp_layer else " "
+    for name, stored in kept_tensors(checkpoint, family, config, keeps_mtp=spec.has_mtp_layer).items():
+        made = matrices_of(name, stored, family, config)
+        if any(".nextn." in key.name and not key.name.startswith(own_block) for key in made):
+            raise _without_place(name, stored)
+        found |= made
     if spec.architecture.rope is RopeType.NORM and not family.rotates_neighbours:
         for key, matrix in found.items():
             if key.name.split(".")[-2] in ("attn_q", "attn_k"):
@@ -119,8 +131,10 @@ def checkpoint_matrices(
     return found
 
 
-def skipped_prefixes(family: Family, config: ModelConfig) -> tuple[str, ...]:
+def skipped_prefixes(family: Family, config: ModelConfig, *, keeps_mtp: bool = False) -> tuple[str, ...]:
     """How the names of tensors begin that are not read: of what predicts further tokens, or has to do with images."""
+    if keeps_mtp:
+        return tuple(prefix for prefix in family.skipped if prefix != _MTP)
     nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
     return (*family.skipped, *nextn)
 
@@ -132,15 +146,29 @@ def _check_values(found: Mapping[MatrixKey, StoredMatrix], without: Collection[i
             raise _without_place(stored.rows.name, stored)
 
 
-def kept_tensors(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, StoredMatrix]:
+def kept_tensors(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, *, keeps_mtp: bool = False
+) -> dict[str, StoredMatrix]:
     """The stored tensors that count, by the names that they have in a language model that is the whole: without what
-    predicts further tokens, and without an output matrix where the token table is it. Raises as `stored_matrices` does.
+    predicts further tokens, or with that as its last layer, and without an output matrix where the token table is it.
+    Raises as `stored_matrices` does.
     """
-    skipped = skipped_prefixes(family, config)
+    skipped = skipped_prefixes(family, config, keeps_mtp=keeps_mtp)
     if config.tie_word_embeddings:
         skipped += ("lm_head.weight",)
     found = {name.replace(family.prefix, "model.", 1): one for name, one in stored_matrices(checkpoint).items()}
-    return {name: one for name, one in found.items() if not name.endswith(_IGNORED) and not name.startswith(skipped)}
+    kept = {name: one for name, one in found.items() if not name.endswith(_IGNORED) and not name.startswith(skipped)}
+    return {_of_last_layer(name, config.num_hidden_layers): one for name, one in kept.items()} if keeps_mtp else kept
+
+
+def _of_last_layer(name: str, layer: int) -> str:
+    """The name of a tensor of Qwen's block that predicts further tokens as it is for one that is layer `layer`."""
+    if not name.startswith(_MTP):
+        return name
+    inner = name.removeprefix(_MTP)
+    stem, _, kind = inner.rpartition(".")
+    inner = f"{_MTP_OWN[stem]}.{kind}" if stem in _MTP_OWN else inner.removeprefix("layers.0.")
+    return f"model.layers.{layer}.{inner}"
 
 
 def matrices_of(name: str, stored: StoredMatrix, family: Family, config: ModelConfig) -> dict[MatrixKey, StoredMatrix]:

@@ -13,14 +13,14 @@ from slimoe.offload.files.regular_file import reason
 _OF_A_CHECKPOINT = (".safetensors", ".json", ".model")
 
 
-def open_source(path: Path) -> StoredModel:
-    """The model at `path`, a ModelSource.
+def open_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
+    """The model at `path`, a ModelSource; with `keeps_mtp` the block that predicts a further token is its last layer.
 
     Raises ModelFileError for what is no model or is damaged, UnsupportedModelError for one that is not read, and
     LibraryError where bitsandbytes is needed and absent.
     """
     if os.path.isdir(path):
-        return checkpoint_source(path)
+        return checkpoint_source(path, keeps_mtp=keeps_mtp)
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -28,7 +28,7 @@ def open_source(path: Path) -> StoredModel:
         raise ModelFileError(path, "there is no such directory or file.", hint) from None
     except OSError as error:
         raise ModelFileError(path, f"the file cannot be read ({reason(error)}).") from None
-    return gguf_source(path)
+    return gguf_source(path, keeps_mtp=keeps_mtp)
 
 
 def model_files(source: ModelSource) -> set[Path]:

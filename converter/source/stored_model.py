@@ -10,11 +10,17 @@ from numpy.typing import NDArray
 
 from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer
 from slimoe.converter.source.stored_rows import StoredMatrix
-from slimoe.offload.errors import ModelFileError
+from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def no_mtp_block(path: Path) -> UnsupportedModelError:
+    """What is raised where a block is to be kept that is not there, or that cannot be run."""
+    problem = "the model has no block that predicts further tokens (MTP), or none that slimoe runs."
+    return UnsupportedModelError(path, problem, "Leave --mtp out.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,10 @@ When = Literal[
     "dense",
     "experts",
     "shared",
+    "mtp",
 ]
-"""Where a tensor belongs: to the model as a whole, to each layer, or to each that has such a part or form of attention.
+"""Where a tensor belongs: to the model as a whole, to each layer, or to each that has such a part or form of attention,
+or to the block behind the layers that predicts a further token, which has all the rest that a layer has.
 """
 
 
@@ -135,7 +137,6 @@ class Architecture:
     `scales_embeddings`, these are multiplied with the root of their length, and products of queries and keys with 1;
     logits are bounded as the key `final_logit_softcapping` says. `absent` are keys that are not above 0 in the models
     that are run, with what they would mean.
-    With `has_mtp` a block behind the layers, with attention and experts as they have, predicts a further token.
     `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
@@ -167,9 +168,13 @@ class Architecture:
     has_window_heads: bool = False
     has_post_norms: bool = False
     scales_embeddings: bool = False
-    has_mtp: bool = False
     absent: tuple[tuple[str, str], ...] = ()
     difference: str = ""
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether a block behind the layers, with attention and experts as they have, may predict a further token."""
+        return any(role.when == "mtp" for role in self.tensors)
 
     @property
     def has_expert_biases(self) -> bool:

@@ -17,6 +17,7 @@ from slimoe.offload.model.tensor_roles import (
     GATED_END,
     MLA,
     MLA_END,
+    MTP,
     NORM_OF_HEADS,
     NORM_OF_HEADS_OR_NONE,
     NORM_OF_ROWS,
@@ -136,6 +137,7 @@ GLM4MOE = Architecture(
         *DENSE,
         *EXPERTS,
         *SHARED,
+        *MTP,
         OUTPUT_NORM,
         OUTPUT_OR_TIED,
     ),
@@ -147,7 +149,6 @@ GLM4MOE = Architecture(
     shared=SharedExpert("counted"),
     width_key="expert_feed_forward_length",
     has_dense_layers=True,
-    has_mtp=True,
 )
 DEEPSEEK2 = Architecture(
     name="deepseek2",
@@ -213,7 +214,6 @@ QWEN3NEXT = Architecture(
     recurrence="delta_net",
     groups_heads=True,
     gates_attention=True,
-    has_mtp=True,
 )
 QWEN35MOE = replace(
     QWEN3NEXT,

@@ -5,17 +5,16 @@ tokens before, both normalised and joined by a matrix; the model's output turns 
 llama.cpp's models/qwen35moe.cpp and glm4-moe.cpp, `nextn` tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.model.expert_spec import LayerShape
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import ModelTensor, check_shapes, layer_tensors, with_listed_shapes
+from slimoe.offload.model.tensor_list import check_shapes, layer_tensors, with_listed_shapes
 from slimoe.offload.model.tensors import LinearSource, ModelSources, WeightSource
 from slimoe.offload.model.weight_reader import read_block
 
-_JOINT, _TOKEN_NORM, _HIDDEN_NORM = "nextn.eh_proj", "nextn.enorm", "nextn.hnorm"
 _TABLE, _OUTPUT, _OUTPUT_NORM = "nextn.embed_tokens", "nextn.shared_head_head", "nextn.shared_head_norm"
 
 
@@ -23,18 +22,13 @@ _TABLE, _OUTPUT, _OUTPUT_NORM = "nextn.embed_tokens", "nextn.shared_head_head", 
 class MtpBlock:
     """The block as the last layer of a model: `spec` and `sources` are those of the whole model with it.
 
-    `joint` [2 * n_embd, n_embd] is multiplied with the token's row and the hidden states, normalised by `token_norm`
-    and `hidden_norm`. The token table, the output and its norm are those of `sources`, which are the model's own but
-    where the file has them for the block; then it `has_output`, or `has_output_norm`.
+    `own` has what it has that no layer has, by role. The token table, the output and its norm in `sources` are the
+    model's but where the file has some of the block's own.
     """
 
     spec: ModelSpec
     sources: ModelSources
-    joint: LinearSource
-    token_norm: WeightSource
-    hidden_norm: WeightSource
-    has_output: bool
-    has_output_norm: bool
+    own: Mapping[str, WeightSource]
 
     @property
     def index(self) -> int:
@@ -42,18 +36,32 @@ class MtpBlock:
         return self.spec.n_layer - 1
 
     @property
+    def joint(self) -> LinearSource:
+        """The matrix [2 * n_embd, n_embd] that is multiplied with a token's row above the hidden states before it."""
+        return LinearSource(self.own["nextn.eh_proj"])
+
+    @property
+    def norms(self) -> tuple[WeightSource, WeightSource]:
+        """Those of the token's row, and of the hidden states."""
+        return self.own["nextn.enorm"], self.own["nextn.hnorm"]
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the file has an output matrix of the block's own."""
+        return _OUTPUT in self.own
+
+    @property
+    def has_output_norm(self) -> bool:
+        """Whether the file has a norm before the block's output of its own."""
+        return _OUTPUT_NORM in self.own
+
+    @property
     def weights(self) -> tuple[WeightSource, ...]:
         """What is loaded for it, beside the model's own weights; of a token table only rows are."""
         layer = self.sources.layers[-1]
-        linears = (*layer.matrices, *layer.gate_up, *((layer.down,) if layer.down else ()), self.joint)
-        linears += (self.sources.output,) if self.has_output else ()
-        linears += (self.sources.output_norm,) if self.has_output_norm else ()
-        return (
-            *(part for linear in linears for part in linear.parts),
-            *layer.vectors,
-            self.token_norm,
-            self.hidden_norm,
-        )
+        linears = (*layer.matrices, *layer.gate_up, *((layer.down,) if layer.down else ()))
+        parts = (part for linear in linears for part in linear.parts)
+        return (*parts, *layer.vectors, *(one for role, one in self.own.items() if role != _TABLE))
 
 
 def mtp_block(gguf: GGUFFile, spec: ModelSpec, sources: ModelSources) -> MtpBlock | None:
@@ -61,36 +69,28 @@ def mtp_block(gguf: GGUFFile, spec: ModelSpec, sources: ModelSources) -> MtpBloc
 
     Raises ModelFileError for a tensor of it that is missing or has another shape.
     """
-    block = f"blk.{spec.n_layer}."
-    if spec.n_layer_nextn != 1 or not spec.architecture.has_mtp or f"{block}{_JOINT}.weight" not in gguf.tensors:
+    if spec.n_layer_nextn != 1 or not spec.architecture.has_mtp:
         return None
-    whole = _with_block(spec)
+    whole = with_mtp_layer(spec)
+    tensors = list(layer_tensors(whole, spec.n_layer))
+    names = {tensor.name: tensor.role for tensor in tensors if tensor.role.startswith("nextn.")}
+    if not names.keys() & gguf.tensors.keys():
+        return None
     gguf = with_listed_shapes(gguf, whole)
-    check_shapes(gguf, whole, [*layer_tensors(whole, spec.n_layer), *_own_tensors(spec, block)])
-
-    def found(name: str) -> WeightSource | None:
-        return own.get(f"{block}{name}.weight")
-
-    layer, own = read_block(gguf, whole, spec.n_layer, [tensor.name for tensor in _own_tensors(spec, block)])
-    table, output, norm = found(_TABLE), found(_OUTPUT), found(_OUTPUT_NORM)
-    return MtpBlock(
-        spec=whole,
-        sources=replace(
-            sources,
-            layers=(*sources.layers, layer),
-            token_embd=table or sources.token_embd,
-            output=LinearSource(output) if output else sources.output,
-            output_norm=LinearSource(norm) if norm else sources.output_norm,
-        ),
-        joint=LinearSource(own[f"{block}{_JOINT}.weight"]),
-        token_norm=own[f"{block}{_TOKEN_NORM}.weight"],
-        hidden_norm=own[f"{block}{_HIDDEN_NORM}.weight"],
-        has_output=output is not None,
-        has_output_norm=norm is not None,
+    check_shapes(gguf, whole, tensors)
+    layer, found = read_block(gguf, whole, spec.n_layer, names)
+    own = {names[name]: source for name, source in found.items()}
+    sources = replace(
+        sources,
+        layers=(*sources.layers, layer),
+        token_embd=own.get(_TABLE, sources.token_embd),
+        output=LinearSource(own[_OUTPUT]) if _OUTPUT in own else sources.output,
+        output_norm=LinearSource(own[_OUTPUT_NORM]) if _OUTPUT_NORM in own else sources.output_norm,
     )
+    return MtpBlock(whole, sources, own)
 
 
-def _with_block(spec: ModelSpec) -> ModelSpec:
+def with_mtp_layer(spec: ModelSpec) -> ModelSpec:
     """The model with the block as a further layer: with attention, and experts if any layer has some."""
     shapes, recurrent = spec.experts.layers, spec.recurrent
     layers = (*shapes, LayerShape(spec.n_expert, spec.n_ff)) if shapes else ()
@@ -98,22 +98,8 @@ def _with_block(spec: ModelSpec) -> ModelSpec:
         spec,
         n_layer=spec.n_layer + 1,
         n_layer_nextn=0,
+        has_mtp_layer=True,
         experts=replace(spec.experts, layers=layers),
         windowed=(*spec.windowed, False) if spec.windowed else (),
         recurrent=replace(recurrent, layers=(*recurrent.layers, False)) if recurrent else None,
     )
-
-
-def _own_tensors(spec: ModelSpec, block: str) -> Iterator[ModelTensor]:
-    """What the block has that no layer has."""
-    shapes = {
-        _JOINT: (2 * spec.n_embd, spec.n_embd),
-        _TOKEN_NORM: (spec.n_embd,),
-        _HIDDEN_NORM: (spec.n_embd,),
-        _TABLE: (spec.n_embd, spec.n_vocab),
-        _OUTPUT: (spec.n_embd, spec.n_vocab),
-        _OUTPUT_NORM: (spec.n_embd,),
-    }
-    for role, ne in shapes.items():
-        is_optional = role in (_TABLE, _OUTPUT, _OUTPUT_NORM)
-        yield ModelTensor(role, f"{block}{role}.weight", ne, spec.n_layer, is_optional)

@@ -72,7 +72,8 @@ class ModelSpec:
     here in the layers that are `windowed`, one entry per layer; where that is empty, every token sees all before it.
     Where layers differ, `n_ff` and `n_expert` are those of the layer that has most, and `layer_shape` has each layer's.
     `attention` is that of all layers, but for those with a window where there is a `window_attention`.
-    `n_layer_nextn` blocks behind the layers, which predict further tokens, are in a stock file, and are not run.
+    `n_layer_nextn` blocks behind the layers, which predict further tokens, are in a stock file, and are none of them.
+    If it `has_mtp_layer`, the last layer is such a block: so it is for who runs or converts the block.
     """
 
     architecture: Architecture
@@ -89,6 +90,7 @@ class ModelSpec:
     is_native: bool = False
     multipliers: Multipliers = NO_MULTIPLIERS
     n_layer_nextn: int = 0
+    has_mtp_layer: bool = False
     windowed: tuple[bool, ...] = ()
     recurrent: RecurrentSpec | None = None
     window_attention: AttentionSpec | None = None
@@ -288,6 +290,8 @@ class ModelSpec:
             values["rope.dimension_count_swa"] = self.rope.window_n_rot
         if self.recurrent:
             values |= recurrent_metadata(self.recurrent, self.n_head_kv)
+        if self.has_mtp_layer:
+            values["nextn_predict_layers"] = 1
         if self.n_window:
             values["attention.sliding_window"] = self.n_window
         if self.windowed:

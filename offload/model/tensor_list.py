@@ -64,6 +64,7 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
         "router": bool(shape.n_expert),
         "dense": bool(shape.n_ff) and not shape.n_expert,
         "experts": bool(shape.n_expert) and not spec.is_native,
+        "mtp": spec.has_mtp_layer and layer == spec.n_layer - 1,
         "shared": bool(shape.n_expert and spec.experts.n_ff_shared),
     }
     for role in spec.architecture.tensors:
@@ -79,6 +80,7 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
     """The sizes that shapes are made of, by the names that rows of architectures use."""
     sizes = {
         "n_embd": spec.n_embd,
+        "n_embd_twice": 2 * spec.n_embd,
         "n_vocab": spec.n_vocab,
         "n_ff": spec.n_ff,
         "n_ff_shared": spec.experts.n_ff_shared,

@@ -72,12 +72,22 @@ GATED_ATTENTION = (
     *NORM_OF_HEADS,
     ATTN_OUTPUT,
 )
+MTP = (
+    TensorRole("nextn.eh_proj", ("n_embd_twice", "n_embd"), "mtp"),
+    TensorRole("nextn.enorm", ("n_embd",), "mtp"),
+    TensorRole("nextn.hnorm", ("n_embd",), "mtp"),
+    TensorRole("nextn.embed_tokens", ("n_embd", "n_vocab"), "mtp", is_optional=True),
+    TensorRole("nextn.shared_head_head", ("n_embd", "n_vocab"), "mtp", is_optional=True),
+    TensorRole("nextn.shared_head_norm", ("n_embd",), "mtp", is_optional=True),
+)
+
 GATED_END = (
     TensorRole("post_attention_norm", ("n_embd",), "ffn"),
     ROUTER,
     *EXPERTS,
     *SHARED,
     SHARED_GATE,
+    *MTP,
     OUTPUT_NORM,
     OUTPUT_OR_TIED,
 )

@@ -48,6 +48,9 @@ from slimoe.server.terminal.progress_bars import byte_bar
     type=click.Path(path_type=Path),
     help="Fit weights to an importance matrix: llama.cpp's, or what slimoe calibrate measured.",
 )
+@click.option(
+    "--mtp", "keeps_mtp", is_flag=True, help="Keep the block that predicts a further token, for slimoe's --draft mtp."
+)
 @compress_flags
 @click.option(
     "--hf", is_flag=True, help="Write what is left of the checkpoint SRC as a checkpoint, to the directory DST."
@@ -78,6 +81,8 @@ def command(values: Mapping[str, Any]) -> None:
     With --hf what is left of a checkpoint is written as one of the same class, for vLLM, SGLang or transformers.
     """
     compression, type_name, copies = compress_options(values), values["type_name"], values["two_copies"]
+    if values["keeps_mtp"] and (values["hf"] or values["hf_bits"] or copies or compression.is_asked):
+        raise click.UsageError("--mtp is for a whole model in types by name: only --type and --imatrix go with it.")
     if values["hf"] or values["hf_bits"]:
         check_installed("Compressing", *CONVERTERS)
         from slimoe.server.jobs.hf_checkpoint import convert_to_checkpoint
@@ -120,6 +125,7 @@ def _convert(values: Mapping[str, Any]) -> None:
         values["force"],
         values["two_copies"],
         values["imatrix"],
+        values["keeps_mtp"],
     )
     if values["dry_run"]:
         planned = plan(options)

@@ -60,7 +60,7 @@ def test_what_predicts_further_tokens_is_left_out_and_said(tmp_path: Path, name:
     content = read_content(write_family(tmp_path / "whole.gguf", name, shape=SHAPE))
     path = write_content(tmp_path / "m.gguf", with_prediction_block(content, SHAPE.n_layer))
     planned = plan(ConvertOptions(path, tmp_path / "q8.gguf", "Q8_0", n_threads=1))
-    assert "What predicts further tokens (MTP, 1 of the blocks) is left out: nothing runs it." in planned.notes
+    assert "What predicts further tokens (MTP, 1 of the blocks) is left out: --mtp keeps it." in planned.notes
     without = plan(ConvertOptions(tmp_path / "whole.gguf", tmp_path / "q8.gguf", "Q8_0", n_threads=1))
     assert planned.layout.tensors == without.layout.tensors
     assert planned.layout.spec.metadata() == without.layout.spec.metadata()

@@ -42,6 +42,15 @@ SHARED = {
 """The shared expert, as most families call it."""
 CHOICE_BIAS = {"mlp.gate.e_score_correction_bias": "exp_probs_b.bias"}
 """What is added to the router's scores to select experts."""
+MTP = {
+    "eh_proj": "nextn.eh_proj",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "embed_tokens": "nextn.embed_tokens",
+    "shared_head.head": "nextn.shared_head_head",
+    "shared_head.norm": "nextn.shared_head_norm",
+}
+"""What a block that predicts a further token has that no layer has."""
 STACKED = {
     "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
     "mlp.experts.down_proj": ("ffn_down_exps",),

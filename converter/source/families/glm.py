@@ -5,7 +5,16 @@ from typing import Annotated
 from msgspec import Meta
 
 from slimoe.converter.source.families.config import Count, DeepseekConfig, Positive, SmallCount
-from slimoe.converter.source.families.family import ATTENTION, CHOICE_BIAS, DENSE, EXPERTS, QK_NORMS, SHARED, Family
+from slimoe.converter.source.families.family import (
+    ATTENTION,
+    CHOICE_BIAS,
+    DENSE,
+    EXPERTS,
+    MTP,
+    QK_NORMS,
+    SHARED,
+    Family,
+)
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import DOTS1, GLM4MOE
 
@@ -33,7 +42,7 @@ class Glm4MoeConfig(DeepseekConfig, frozen=True, kw_only=True):
 
     @property
     def n_layer_nextn(self) -> int:
-        """Blocks behind the layers that predict further tokens; they are not converted."""
+        """Blocks behind the layers that predict further tokens."""
         return self.num_nextn_predict_layers
 
 
@@ -68,7 +77,7 @@ class Dots1Config(DeepseekConfig, frozen=True, kw_only=True):
 _NAMES = ATTENTION | QK_NORMS | DENSE | EXPERTS | SHARED | CHOICE_BIAS
 FAMILIES = {
     "Glm4MoeForCausalLM": Family(
-        "glm4_moe", Glm4MoeConfig, GLM4MOE, _NAMES | {"post_attention_layernorm": "post_attention_norm"}
+        "glm4_moe", Glm4MoeConfig, GLM4MOE, _NAMES | MTP | {"post_attention_layernorm": "post_attention_norm"}
     ),
     "Dots1ForCausalLM": Family("dots1", Dots1Config, DOTS1, _NAMES),
 }

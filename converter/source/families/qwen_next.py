@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Meta
 
 from slimoe.converter.source.families.config import Count, NestedConfig, RoutedConfig, SmallCount
-from slimoe.converter.source.families.family import ATTENTION, EXPERTS, QK_NORMS, Change, Family
+from slimoe.converter.source.families.family import ATTENTION, EXPERTS, MTP, QK_NORMS, Change, Family
 from slimoe.converter.source.families.qwen import SHARED
 from slimoe.converter.source.picked_rows import ChangedRows, Order, Values, picked_columns, picked_rows
 from slimoe.converter.source.stored_rows import StoredMatrix
@@ -226,7 +226,13 @@ def _tiled_heads(stored: StoredMatrix, of: RecurrentSpec) -> StoredMatrix:
 
 
 _NORMS: dict[str, Change] = dict.fromkeys(
-    (f"{name}.weight" for name in ("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm")),
+    (
+        f"{name}.weight"
+        for name in (
+            *("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"),
+            *("nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm"),
+        )
+    ),
     _raised,
 )
 _NAMES = (
@@ -234,6 +240,7 @@ _NAMES = (
     | QK_NORMS
     | EXPERTS
     | SHARED
+    | MTP
     | {
         "post_attention_layernorm": "post_attention_norm",
         "linear_attn.conv1d": "ssm_conv1d",

@@ -95,7 +95,7 @@ def test_an_image_encoder_and_what_predicts_further_tokens_are_told_apart(tmp_pa
     assert weights["image encoder"] == sum(encoder)
     notes = plan(ConvertOptions(source, tmp_path / "m.gguf", "F16")).notes
     assert notes[:2] == (
-        "What predicts further tokens (MTP) is left out: nothing runs it.",
+        "What predicts further tokens (MTP) is left out: --mtp keeps it.",
         "What reads images is left out: the language model is what is converted.",
     )
 
