@@ -89,8 +89,8 @@ class Engine:
             self._prompts = self._open_prompts(opened)
             reading = plan.n_parallel, plan.n_batch
             mtp = None
-            if plan.mtp is not None and self._drafting.is_wanted:
-                mtp = MtpDrafts(lambda: self._model.block, lambda: self._model.runner.hidden, self.cells)
+            if self._drafting.mode in ("mtp", "auto"):
+                mtp = MtpDrafts(lambda: self._model.mtp, lambda: self._model.runner.hidden, self.cells)
             self._scheduler = Scheduler(self.cells, self._compute, *reading, self._drafting, self._prompts, mtp)
             self.slots = Slots(self._identity, self.cells, self._carried.kv, plan.n_parallel, plan.n_ctx, self._prompts)
             self._opened = opened.pop_all()

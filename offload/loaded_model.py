@@ -114,18 +114,14 @@ class LoadedModel:
         return {**held, "compute": self.runner.compute_bytes, "process_peak": peak_resident_bytes()}
 
     @property
-    def block(self) -> MtpRunner:
-        """What runs the block that drafts tokens, which there must be."""
-        assert self.mtp is not None
-        return self.mtp
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What opening has found out that no plan knows."""
         return () if self.tiers is None else self.tiers.notes
 
     def adapt(self, config: EngineConfig, plan: EnginePlan) -> bool:
         """Carries out another plan for the same model where that takes no opening anew, and returns whether it did."""
+        if (plan.mtp is None) != (self._plan.mtp is None):
+            return False
         if plan.is_resident and self._plan.is_resident:
             # More memory than a whole model needs changes nothing.
             is_same = self._plan.weight_forms.arrangement == plan.weight_forms.arrangement

@@ -40,41 +40,58 @@ class Block(Protocol):
 class _Text:
     """What is known of one answer: hidden states before each token that is read next, and of those read last.
 
+    Those before hold where the text goes on from `n_read` tokens, and not from more that another request has read.
     `probabilities` are those of the tokens drafted last, by the block.
     """
 
     before: Hidden
     rows: Hidden
+    n_read: int = 0
     probabilities: list[float] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(_CLASSES))
 
 
 class MtpDrafts:
-    """The drafts of all requests; `block` and `hidden` give what runs it now, and the last step's hidden states."""
+    """The drafts of all requests; `block` and `hidden` give what runs it now, and the last step's hidden states.
 
-    def __init__(self, block: Callable[[], Block], hidden: Callable[[], Hidden], cells: Cells) -> None:
+    A model that was opened anew may be without the block: then nothing is drafted.
+    """
+
+    def __init__(self, block: Callable[[], Block | None], hidden: Callable[[], Hidden], cells: Cells) -> None:
         self._block, self._hidden, self._cells = block, hidden, cells
         self._texts: dict[Generator, _Text] = {}
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a block now."""
+        return self._block() is not None
+
     def computed(self, batch: Batch, jobs: Sequence[Generator]) -> None:
         """Takes in what a step has computed for requests, whose runs the batch has."""
+        block = self._block()
+        if block is None:
+            self._texts.clear()
+            return
         hidden = self._hidden()
         before, row = np.empty_like(hidden), 0
         for job, run in zip(jobs, batch.runs, strict=True):
             nothing = np.zeros((1, hidden.shape[1]), np.float32)
             text = self._texts.setdefault(job, _Text(nothing, nothing))
             rows = hidden[row : row + run.n_tokens]
-            before[row], before[row + 1 : row + run.n_tokens] = text.before[0], rows[:-1]
+            is_known = text.n_read == len(run.visible) - run.n_tokens
+            before[row], before[row + 1 : row + run.n_tokens] = text.before[0] if is_known else 0, rows[:-1]
             text.rows = rows[-_MOST_ROWS:].copy()
             row += run.n_tokens
-        self._block().store(batch, before)
+        block.store(batch, before)
 
     def taken(self, job: Generator, n_drafted: int) -> int:
         """Learns what became of the tokens that the last step has read for a request, `n_drafted` of them drafts.
 
         Returns how many of these the block has drafted.
         """
-        text = self._texts[job]
+        text = self._texts.get(job)
+        if text is None:
+            return 0
         n_kept = len(text.rows) - job.n_rejected
         probabilities, text.probabilities = text.probabilities[:n_drafted], []
         for index, probability in enumerate(probabilities):
@@ -83,6 +100,7 @@ class MtpDrafts:
             if not is_right:
                 break
         text.before = np.concatenate([text.before[:1], text.rows])[n_kept - job.n_again : n_kept + 1]
+        text.n_read = len(job.tokens)
         return len(probabilities)
 
     def forget(self, job: Generator) -> None:
@@ -91,7 +109,10 @@ class MtpDrafts:
 
     def propose(self, jobs: Sequence[Generator], most: Sequence[int]) -> list[Draft]:
         """Drafts of at most so many tokens for requests that write, and what they are likely to be worth."""
+        block = self._block()
         drafting = [job for job, n_most in zip(jobs, most, strict=True) if n_most > 0 and job in self._texts]
+        if block is None or not drafting:
+            return [NO_DRAFT] * len(jobs)
         limits = {job: min(MOST_PREDICTED, n_most) for job, n_most in zip(jobs, most, strict=True)}
         tokens = {job: job.next_tokens(1) for job in drafting}
         hidden = {job: self._texts[job].before for job in drafting}
@@ -108,7 +129,7 @@ class MtpDrafts:
         ends = {job: len(job.sequence or ()) + len(tokens[job]) for job in drafting}
         while drafting:
             batch = make_batch([(tokens[job], cells[job][: ends[job]]) for job in drafting], len(drafting))
-            logits, last = self._block().predict(batch, np.concatenate([hidden[job] for job in drafting]))
+            logits, last = block.predict(batch, np.concatenate([hidden[job] for job in drafting]))
             for index, job in enumerate(list(drafting)):
                 drafts[job] = self._longer(job, drafts[job], logits[index])
                 tokens[job], hidden[job] = drafts[job].tokens[-1:], last[index : index + 1].copy()

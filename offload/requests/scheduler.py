@@ -180,7 +180,7 @@ class Scheduler:
             n_most = max(0, min(MOST_DRAFTED, n_room))
             drafts = [part.job.draft(n_most) for part in parts]
             chosen = self._drafting.choose(drafts, self._n_batch, n_again)
-            if self._mtp is not None and not any(draft.tokens for draft in chosen):
+            if self._mtp is not None and self._mtp.is_ready and not any(draft.tokens for draft in chosen):
                 n_most = min(n_room // len(parts), self._drafting.n_predicted(len(parts), n_again))
                 drafts = self._predicted(parts, n_most)
                 chosen = self._drafting.choose(drafts, self._n_batch, n_again, is_predicted=True)

@@ -108,6 +108,18 @@ def test_auto_takes_the_block_where_all_is_in_memory(right: Path) -> None:
     assert without.is_resident
 
 
+def test_a_smaller_budget_takes_the_block_away_and_a_larger_one_brings_it_back(right: Path) -> None:
+    needed = plan_engine(config(right)).weight_forms.required
+    with closing(Engine.open(config(right, draft="auto", ram=f"{needed + 1}B"))) as engine:
+        assert engine.plan.mtp is None
+        (wanted,) = answers(engine, REQUESTS["seed"])
+        for size, has_block in ((2 * needed, True), (needed + 1, False)):
+            engine.rebudget(f"{size}B", ())
+            assert (engine.plan.mtp is not None) is has_block
+            (said,) = answers(engine, REQUESTS["seed"])
+            assert said.tokens == wanted.tokens
+
+
 def test_its_memory_is_planned(right: Path) -> None:
     without, with_block = (plan_engine(config(right, draft=draft)) for draft in ("none", "mtp"))
     assert with_block.mtp is not None
