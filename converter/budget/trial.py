@@ -75,9 +75,14 @@ class NoisyMatrices:
         if key not in self._sizes:
             weights, values = matrix_weights(self._source, self._statistics, key), self._source.read(key)
             stack = values.reshape(-1, *values.shape[-2:])
-            rows, columns = np.atleast_2d(weights.rows), np.atleast_2d(weights.columns)
-            parts = zip(stack, rows, columns, strict=True)
-            self._sizes[key] = 0.5 * sum(float(r.astype(np.float64) @ (_block_squares(v) @ c)) for v, r, c in parts)
+            uses = [weights, *([weights.other] if weights.other else [])]
+            self._sizes[key] = 0.5 * sum(
+                float(rows.astype(np.float64) @ (_block_squares(values) @ columns))
+                for use in uses
+                for values, rows, columns in zip(
+                    stack, np.atleast_2d(use.rows), np.atleast_2d(use.columns), strict=True
+                )
+            )
         cost = self._costs.of(key, kind)
         return cost / self._sizes[key] if self._sizes[key] > 0 and math.isfinite(cost) else 0.0
 

@@ -68,24 +68,32 @@ def type_error(
     rows: NDArray[np.float32],
     columns: NDArray[np.float32],
     n_threads: int = 1,
+    fitted: NDArray[np.float32] | None = None,
 ) -> float:
     """What a type costs a matrix [n_rows, n_per_row]: sum over i, j of rows_i columns_j (error_ij)^2, without the gain.
 
-    `columns` is the importance that blocks are fitted with as well; `rows` [n_rows] may be a sensitivity. Raises as
-    `quantize_rows` does.
+    `columns` is the importance that blocks are `fitted` with as well, if that is no other; `rows` [n_rows] may be a
+    sensitivity. Raises as `quantize_rows` does.
     """
+    fitted = columns if fitted is None else fitted
+    both = np.stack((columns, fitted), 1)
 
     def part(begin: int) -> NDArray[np.float32]:
-        """The sums of c e e, c e w and c w w of each of some rows [3, n], for columns c and errors e with the gain."""
+        """The sums of c e e, c e w and c w w of each of some rows [3, n, 2], for errors e with the gain.
+
+        c is first `columns`, then `fitted`.
+        """
         some = values[begin : begin + _ROWS_AT_ONCE]
-        error = dequantize_rows(quantize_rows(some, kind, columns), kind, values.shape[1])
+        error = dequantize_rows(quantize_rows(some, kind, fitted), kind, values.shape[1])
         error -= some
-        return np.stack([(one * other) @ columns for one, other in ((error, error), (error, some), (some, some))])
+        return np.stack([(one * other) @ both for one, other in ((error, error), (error, some), (some, some))])
 
     with ThreadPoolExecutor(n_threads) as pool:
         parts = list(pool.map(part, range(0, len(values), _ROWS_AT_ONCE)))
-    squares, products, own = np.concatenate(parts, 1).astype(np.float64)
+    sums = np.concatenate(parts, 1).astype(np.float64)
+    _, products, own = sums[..., 1]
     gain = _bounded(float((own + products).sum()), float(own.sum())) if has_scales(kind) else 1.0
+    squares, products, own = sums[..., 0]
     # q / g - w = (e + (1 - g) w) / g
     without = squares + 2 * (1 - gain) * products + (1 - gain) ** 2 * own
     return float(rows.astype(np.float64) @ without) / gain**2

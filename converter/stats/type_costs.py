@@ -43,11 +43,12 @@ class MatrixWeights:
     """Weights of a matrix's errors: half the sum of rows_i columns_j (error_ij)^2 is the KL divergence per token.
 
     `rows` [n_rows] and `columns` [n_per_row]; of a stack with a matrix for each head [n_head, n_rows] and [n_head,
-    n_per_row].
+    n_per_row]. Of a matrix that is used twice `other` are the weights of its second use, whose divergence is added.
     """
 
     rows: NDArray[np.float32]
     columns: NDArray[np.float32]
+    other: "MatrixWeights | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +184,23 @@ def _part_costs(
     types: Sequence[str],
     left_out: Collection[str],
 ) -> NDArray[np.float64]:
-    some, rows = np.ascontiguousarray(values[sampled]), weights.rows[sampled]
-    whole, part = float(weights.rows.sum(dtype=np.float64)), float(rows.sum(dtype=np.float64))
-    grown = 0.5 * (whole / part if part else float(sampled.step))
+    some, uses = np.ascontiguousarray(values[sampled]), [weights, *([weights.other] if weights.other else [])]
     costs = np.full(len(types), np.inf)
     for index, name in enumerate(types):
         if fits(Type[name], values.shape[1]) and name not in left_out:
             with suppress(BadWeightsError):  # beyond F16's range
-                costs[index] = grown * type_error(some, Type[name], rows, weights.columns)
+                costs[index] = sum(
+                    _grown(use.rows, sampled)
+                    * type_error(some, Type[name], use.rows[sampled], use.columns, fitted=weights.columns)
+                    for use in uses
+                )
     return costs
+
+
+def _grown(rows: NDArray[np.float32], sampled: slice) -> float:
+    """Half of what the sensitivities of all rows are over those of the sampled ones."""
+    whole, part = (float(some.sum(dtype=np.float64)) for some in (rows, rows[sampled]))
+    return 0.5 * (whole / part if part else float(sampled.step))
 
 
 def _sampled_rows(shape: tuple[int, ...]) -> slice:
@@ -249,11 +258,12 @@ def _outer_weights(source: ModelSource, statistics: Statistics, role: str, n_tok
     columns = statistics.output_input / np.float32(n_tokens)
     if role == "output":
         return MatrixWeights(statistics.output_gradient, columns)
+    counts = np.maximum(statistics.token_count, _SEEN_TOKENS).astype(np.float32)
+    as_embeddings = MatrixWeights(counts / counts.sum(), statistics.token_gradient)
     if MatrixKey("output.weight") in source.shapes:
-        counts = np.maximum(statistics.token_count, _SEEN_TOKENS).astype(np.float32)
-        return MatrixWeights(counts / counts.sum(), statistics.token_gradient)
-    # A tied table is read as embeddings and as the output, which is the more sensitive use.
-    return MatrixWeights(statistics.output_gradient, columns)
+        return as_embeddings
+    # A tied table is the output as well, to which blocks are fitted.
+    return MatrixWeights(statistics.output_gradient, columns, as_embeddings)
 
 
 def _unmeasured() -> UsageError:
