@@ -66,6 +66,7 @@ async def arrivals(
                 # A failure that nobody asks for would be logged.
                 _ = task.cancel() or task.cancelled() or task.exception()
                 handle.close()
+                metrics.note_left(handle)
 
 
 def _wait(waiting: _Waiting, index: int, handle: RequestHandle) -> None:

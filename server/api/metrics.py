@@ -122,18 +122,22 @@ class Metrics:
             handle.has_begun = True
             self._first.observe(time.monotonic() - handle.submitted_at)
         elif isinstance(answer, Done):
-            self._prompt.inc(answer.timings.prompt_n)
-            self._cached.inc(answer.timings.cached_n)
-            self._generated.inc(answer.timings.predicted_n)
-            self._drafted.inc(answer.timings.draft_n)
-            self._accepted.inc(answer.timings.draft_n_accepted)
             self._note_timings(answer.timings)
             self._note_token(answer.timings, model)
             self._exchange.note(answer.tiers.exchange, model)
             self._finished.labels(answer.reason).inc()
             self._whole.observe(time.monotonic() - handle.submitted_at)
 
+    def note_left(self, handle: RequestHandle) -> None:
+        """Counts what was computed for a generation that failed, or that nobody waits for any more."""
+        self._note_timings(handle.timings_so_far())
+
     def _note_timings(self, timings: Timings) -> None:
+        self._prompt.inc(timings.prompt_n)
+        self._cached.inc(timings.cached_n)
+        self._generated.inc(timings.predicted_n)
+        self._drafted.inc(timings.draft_n)
+        self._accepted.inc(timings.draft_n_accepted)
         prompt_seconds, decode_seconds = timings.prompt_ms / 1000, timings.predicted_ms / 1000
         prompt = {"prompt_tokens": timings.prompt_n, "prompt_seconds": prompt_seconds}
         predicted = {"tokens_predicted": timings.predicted_n, "tokens_predicted_seconds": decode_seconds}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from slimoe.offload.errors import SlimoeError
+from slimoe.offload.text.generation import Timings
 from slimoe.server.messages import Accepted, Answer, Done, Failure, Progress, Step
 
 
@@ -65,6 +66,8 @@ class RequestHandle:
         self.progress: Progress | None = None
         self.n_decoded = 0
         self.submitted_at = time.monotonic()
+        self.times: dict[type, tuple[float, float]] = {}
+        """When the first and the latest answer of each kind came."""
         self._on_close = on_close
         self._arrived: list[Answer] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -78,11 +81,22 @@ class RequestHandle:
         else:
             self.is_underway = True
             self.n_decoded += isinstance(answer, Step)
+        now = time.monotonic()
+        self.times[type(answer)] = (self.times.get(type(answer), (now,))[0], now)
         if isinstance(answer, Progress):
             self.progress = answer
         self.is_over = self.is_over or isinstance(answer, (Done, Failure))
         self._arrived.append(answer)
         _wake(self._waiter)
+
+    def timings_so_far(self) -> Timings:
+        """What the engine has done for a request that has not ended, as far as its answers tell."""
+        n_done, n_cached = (0, 0) if self.progress is None else (self.progress.n_done, self.progress.n_cached)
+        read, wrote = (1000 * (last - first) for first, last in map(self._when, (Progress, Step)))
+        return Timings(max(0, n_done - n_cached), read, self.n_decoded, wrote, n_cached)
+
+    def _when(self, kind: type) -> tuple[float, float]:
+        return self.times.get(kind, (0.0, 0.0))
 
     async def next(self, patience: float | None = None) -> list[Answer]:
         """Waits for answers and returns all that arrived; an empty list after `patience` seconds without any.

@@ -1,5 +1,7 @@
 """`/v1/completions` and the tokenizer's endpoints: what evaluation harnesses live on."""
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from slimoe.server.api.metrics import MODES
-from tests.models.live_server import LiveServer
+from tests.models.live_server import LiveServer, live_server, until
 from tests.models.tiny_gguf import MIXTRAL_TEMPLATE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -174,3 +176,31 @@ async def test_llama_servers_metrics_are_the_timings_of_the_answers(server: Live
     assert after["n_tokens_max"][1] >= max(one["cache_n"] + one["prompt_n"] + one["predicted_n"] for one in timings)
     assert (after["requests_processing"][1], after["requests_deferred"][1]) == (0, 0)
     assert (await figures())["predicted_tokens_seconds"] == ("gauge", 0), "nothing since"
+
+
+@pytest.mark.parametrize("end", ["left", "failed"])
+async def test_metrics_count_what_was_computed_for_answers_that_do_not_end(
+    model: Path, processor: Any, end: str
+) -> None:
+    async def counted(session: aiohttp.ClientSession) -> dict[str, float]:
+        async with session.get("/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
+        return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+    async with live_server(model) as server, aiohttp.ClientSession(server.url) as session:
+        before = await counted(session)
+        body = {"prompt": "hello forever", "stream": True}
+        async with session.post("/v1/completions", json=body) as response:
+            n_seen = 0
+            while n_seen < 5:
+                n_seen += (await response.content.readline()).startswith(b"data: ")
+            if end == "failed":
+                assert server.supervisor.pid is not None
+                os.kill(server.supervisor.pid, signal.SIGKILL)
+                assert b"engine_crashed" in await response.read()
+        await until(lambda: server.supervisor.n_admitted == 0)
+        after = await counted(session)
+    n_prompt = after["slimoe_prompt_tokens_total"] - before["slimoe_prompt_tokens_total"]
+    assert n_prompt == after["llamacpp:prompt_tokens_total"] == 1 + len(processor.encode("hello forever"))
+    assert after["slimoe_generation_tokens_total"] == after["llamacpp:tokens_predicted_total"] >= n_seen
+    assert after["llamacpp:tokens_predicted_seconds_total"] > 0
