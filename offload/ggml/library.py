@@ -76,11 +76,30 @@ def chosen() -> Library:
 
 def no_library(refused: Sequence[Refusal]) -> LibraryError:
     """The error for a machine on which no library can be used, with the reasons and what to do."""
+    if os.environ.get(ENVIRONMENT):
+        return _not_the_named(refused)
     names = ", ".join(package.name for package in wanted())
     reasons = "".join(f"{refusal.why}. " for refusal in refused) or f"None of {names} is installed. "
     is_refused = any(refusal.library.package == PREBUILT for refusal in refused)
     another = "What else can be installed is in docs/building.md." if is_refused else _INSTALL
     return LibraryError(f"No ggml can be used. {reasons}{another}")
+
+
+def _not_the_named(refused: Sequence[Refusal]) -> LibraryError:
+    """The error where the only package to look at is not installed, or cannot be used: no other is of any help."""
+    (package,) = wanted()
+    others = [name for name in _installed() if name != package.name]
+    instead = f"set {ENVIRONMENT} to {' or '.join(others)}" if others else f"leave {ENVIRONMENT} out"
+    if refused:
+        problem, repair = f"cannot be used. {refused[0].why}", f"Install it again: {package.install}"
+    else:
+        problem, repair = "is not installed", f"Install it: {package.install}"
+    return LibraryError(f"{ENVIRONMENT} asks for {package.name}, which {problem}. {repair}; or {instead}.")
+
+
+def _installed() -> list[str]:
+    """The names of the packages that are installed, usable or not."""
+    return [package.name for package in PACKAGES if package.find() is not None]
 
 
 def candidates() -> Iterator[Library | Refusal]:
@@ -98,7 +117,9 @@ def wanted() -> tuple[Package, ...]:
     found = tuple(package for package in PACKAGES if name in ("", package.name))
     if not found:
         names = ", ".join(package.name for package in PACKAGES)
-        raise UsageError(f"{ENVIRONMENT} is {name!r}, which is no package with ggml. Set it to one of {names}.")
+        there = f"Of those, {' and '.join(_installed())} can be taken here" if _installed() else "None is installed"
+        advice = f"leave {ENVIRONMENT} out for the first that works"
+        raise UsageError(f"{ENVIRONMENT} is {name!r}, which is none of {names}. {there}; {advice}.")
     return found
 
 

@@ -22,6 +22,7 @@ from slimoe.offload.resources.memory import holdable_bytes, human
 from slimoe.offload.resources.processors import default_threads, usable_processors
 from slimoe.server.child_python import module_command
 from slimoe.server.options.installed import version_of
+from slimoe.server.terminal.measurements import measurement_lines
 
 _SCRIPT = Path(__file__).parents[2] / "scripts" / "install"
 _WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
@@ -211,13 +212,6 @@ def _lines(findings: Findings) -> list[str]:
         f"products    {name}: {products.one_ms:g} ms with one token, {products.batch_ms:g} ms with 128"
         for name, products in findings.products.items()
     ]
-    rows += [f"measured    {name}: {_figure(value)}" for name, value in findings.measured.items()]
+    for name, value in findings.measured.items():
+        rows += [f"measured    {name}", *(f"            {line}" for line in measurement_lines(name, value))]
     return [*rows, "", findings.advice]
-
-
-def _figure(value: Any) -> str:
-    """A remembered value as a person reads it."""
-    if isinstance(value, dict) and value.keys() == {"n_rows", "seconds_per_byte"}:
-        speeds = zip(value["n_rows"], value["seconds_per_byte"], strict=False)
-        return ", ".join(f"{1e-9 / seconds:.1f} GB/s with {n} rows" for n, seconds in speeds)
-    return ", ".join(f"{name} {part:.3g}" for name, part in value.items()) if isinstance(value, dict) else str(value)

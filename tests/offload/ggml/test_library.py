@@ -110,14 +110,65 @@ def test_none_that_can_be_used(tmp_path: Path) -> None:
     done = told(tmp_path, code, SLIMOE_LIBRARY=NATIVE.name)
     assert done.returncode == LibraryError.exit_code
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("slimoe: No ggml can be used. llama-cpp-python ? lacks ")
+    assert last.startswith(
+        "slimoe: SLIMOE_LIBRARY asks for llama-cpp-python, which cannot be used. llama-cpp-python ? lacks "
+    )
     assert "libllama" in last
-    assert last.endswith(f"docs/building.md says: pip install xllamacpp=={PREBUILT.wanted}")
+    assert last.endswith(
+        f"Install it again: pip install {NATIVE.name}=={NATIVE.wanted}; or set SLIMOE_LIBRARY to xllamacpp."
+    )
+
+
+def hide(site: Path, *packages: Package) -> None:
+    """Lets a fresh process find none of these packages."""
+    modules = {package.module for package in packages}
+    (site / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name in {modules} else find(name, *rest)\n"
+    )
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "a", "-n", "1"], ["plan", "--no-measure"], ["serve", "--port", "0"]])
+def test_a_package_that_is_named_and_not_installed(tmp_path: Path, command: list[str]) -> None:
+    """That another can be installed is of no help: it would not be looked at."""
+    hide(tmp_path, OTHER)
+    code = f"import sys; from slimoe.server.cli import run; sys.exit(run({command}))"
+    done = told(tmp_path, code, SLIMOE_LIBRARY=OTHER.name)
+    assert done.returncode == LibraryError.exit_code
+    expected = "slimoe: SLIMOE_LIBRARY asks for llama-cpp-py-sync, which is not installed. Install it: pip install "
+    expected += "llama-cpp-py-sync; or set SLIMOE_LIBRARY to llama-cpp-python or xllamacpp."
+    assert done.stderr.splitlines()[-1] == expected
+
+
+def test_no_package_at_all(tmp_path: Path) -> None:
+    hide(tmp_path, *PACKAGES)
+    code = "import sys; from slimoe.server.cli import run; sys.exit(run(['plan', '--no-measure']))"
+    done = told(tmp_path, code)
+    assert done.stderr.splitlines()[-1].endswith(f"docs/building.md says: pip install xllamacpp=={PREBUILT.wanted}")
+    named = told(tmp_path, code, SLIMOE_LIBRARY=PREBUILT.name)
+    assert named.stderr.splitlines()[-1].endswith(
+        f"pip install {PREBUILT.name}=={PREBUILT.wanted}; or leave SLIMOE_LIBRARY out."
+    )
+    unknown = told(tmp_path, code, SLIMOE_LIBRARY="ggml")
+    assert unknown.stderr.splitlines()[-1].endswith(
+        "None is installed; leave SLIMOE_LIBRARY out for the first that works."
+    )
+
+
+@pytest.mark.parametrize("command", [["run", "-p", "a", "-n", "1"], ["doctor"], ["serve", "--port", "0"]])
+def test_every_command_tells_of_a_name_that_is_no_package(tmp_path: Path, command: list[str]) -> None:
+    code = f"import sys; from slimoe.server.cli import run; sys.exit(run({command}))"
+    done = told(tmp_path, code, SLIMOE_LIBRARY="ggml")
+    assert done.returncode == UsageError.exit_code
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("slimoe: SLIMOE_LIBRARY is 'ggml', which is none of llama-cpp-python, xllamacpp, ")
+    assert last.endswith("; leave SLIMOE_LIBRARY out for the first that works.")
 
 
 def test_a_name_that_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "ggml")
-    with pytest.raises(UsageError, match=r"SLIMOE_LIBRARY is 'ggml', .* one of llama-cpp-python, xllamacpp"):
+    with pytest.raises(UsageError, match=r"SLIMOE_LIBRARY is 'ggml', which is none of llama-cpp-python, xllamacpp"):
         wanted()
 
 

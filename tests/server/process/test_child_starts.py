@@ -58,7 +58,7 @@ async def test_plans_tell_that_ggml_cannot_be_loaded(capfd: pytest.CaptureFixtur
         assert plan is not None
         assert plan.problem is not None
         assert re.fullmatch(
-            r"No ggml .* lacks \S*libggml-base\S+ Install one as docs/building\.md says: .*", plan.problem
+            r"SLIMOE_LIBRARY asks for .* lacks \S*libggml-base\S+ Install it again: pip install .*", plan.problem
         )
         assert not plan.fits
     assert capfd.readouterr() == ("", "")
