@@ -14,12 +14,9 @@ from slimoe.offload.memory.cells import Sequence as TokenSequence
 from slimoe.offload.memory.contents import Bytes, read_rows, read_state, write_rows, write_state
 from slimoe.offload.memory.kv_store import KVStore
 from slimoe.offload.memory.prompt_folder import PromptFolder, Tell
-from slimoe.offload.memory.prompt_record import RecordForm, RecordName, TextKeys
+from slimoe.offload.memory.prompt_record import LEAST_TOKENS, RecordForm, RecordName, TextKeys
 from slimoe.offload.memory.prompt_writer import PromptWriter, Record
 
-LEAST_TOKENS = 128
-"""Shorter texts are not kept. Reading them would be faster, with the demo model 60 times, but nobody would notice, and
-greetings and questions without a system prompt would fill the disk with their files."""
 _BUSY_SHARE = 0.02
 """While requests are answered, writing may take such a share of the time."""
 _RESCUE_SHARE = 0.05

@@ -16,15 +16,20 @@ import msgspec
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from slimoe.offload.errors import UsageError
 from slimoe.offload.memory.cells import Tokens
 from slimoe.offload.memory.contents import Bytes, row_shape, state_bytes_of
 from slimoe.offload.memory.kv_cache import CELL_STEP, kv_bytes, state_bytes
 from slimoe.offload.memory.kv_store import KVStore
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.resources.memory import human, human_up
 
 MAGIC = b"SLIMOEPC1\n"
 RECORD_BYTES = 8 << 20
 """About the most bytes of a record: few enough to be copied between two tokens, enough for a disk's full speed."""
+LEAST_TOKENS = 128
+"""Shorter texts are not kept. Reading them would be faster, with the demo model 60 times, but nobody would notice, and
+greetings and questions without a system prompt would fill the disk with their files."""
 _LEAST_BLOCK, _LARGEST_BLOCK = 16, 32
 """Tokens behind the last whole block are computed again: half a block on average."""
 _NAME = re.compile(r"slimoe-([0-9a-f]{16})-([0-9]{8})-([0-9a-f]{32})\.(kv|state[0-9]{1,4})")
@@ -148,6 +153,16 @@ def held_bytes(spec: ModelSpec, kind: GGMLQuantizationType) -> int:
     token_bytes = kv_bytes(spec, CELL_STEP, kind) // CELL_STEP
     n_records = 3  # one is being written, one waits for that, and one is read
     return n_records * max(block_tokens(token_bytes) * token_bytes, min(state_bytes(spec), RECORD_BYTES))
+
+
+def check_bound(most_bytes: int, spec: ModelSpec, kind: GGMLQuantizationType) -> None:
+    """Raises UsageError for a bound of all records below what the shortest text takes that is kept."""
+    least = LEAST_TOKENS * (kv_bytes(spec, CELL_STEP, kind) // CELL_STEP) + state_bytes(spec)
+    if most_bytes < 2 * least:  # with room for what is written before older records go
+        raise UsageError(
+            f"--prompt-cache-size is {human(most_bytes)}, but of this model prompts of {LEAST_TOKENS} tokens and more "
+            f"are kept, which take {human(least)} and more. Make it {human_up(2 * least)} or more."
+        )
 
 
 def block_tokens(token_bytes: int) -> int:

@@ -1,6 +1,5 @@
 """Plans how a model will be opened, and what that takes, from its header, before a weight is read."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,6 @@ from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
 from slimoe.offload.machine.probe import KernelSpeed
 from slimoe.offload.memory.kv_cache import CELL_STEP, cache_bytes, kv_type, state_count
-from slimoe.offload.memory.prompt_record import held_bytes
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.mtp_block import MtpBlock
@@ -24,13 +22,14 @@ from slimoe.offload.model.regrouped import without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
 from slimoe.offload.plan.advice import advised
+from slimoe.offload.plan.batch_sizes import batch_sizes, request_reads, tiered_batch_sizes
 from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import check_context, check_settings, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
 from slimoe.offload.plan.drafts import block_bytes, wanted_block
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
-from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, request_bytes
+from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, prompt_bytes, request_bytes
 from slimoe.offload.plan.weight_forms import (
     Needs,
     WeightForms,
@@ -42,8 +41,6 @@ from slimoe.offload.plan.weight_forms import (
 from slimoe.offload.resources.memory import human, resident_bytes
 
 DEFAULT_CTX = 4096
-TIERED_BATCH = 256
-"""Larger batches gain little on a CPU, and what they take for intermediate results is better spent on experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +167,8 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
         plan = _decide(config, model)
         if plan.shortfall is not None:
             advice = advised(config, names, plan.shortfall, lambda tried: _decide(tried, model).shortfall)
-            plan = replace(plan, shortfall=advice)
+            # What it lacks is told of the smallest batch that was tried.
+            plan = replace(plan, shortfall=advice, n_batch=plan.weight_forms.n_batch)
         plans.append(plan)
     return plans
 
@@ -200,13 +198,12 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     n_states = state_count(spec, context.n_parallel)
     kv = cache_bytes(spec, n_cells, kv_type(context.kv_type), n_states)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
-    records = held_bytes(spec, kv_type(context.kv_type)) if config.prompts.prompt_cache else 0
-    own = model.program + memory.reserve_bytes + records
+    own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv_type(context.kv_type))
     if mtp is not None:
         own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv_type(context.kv_type))
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
-    for fewer in _batch_sizes(n_batch, context.n_parallel):
+    for fewer in batch_sizes(n_batch, context.n_parallel):
         program = own + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv, program, n_cells, fewer)
         weight_forms = choose_weight_forms(
@@ -292,11 +289,21 @@ def _in_tiers(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program
     plan = replace(plan, weight_forms=forms)
     if plan.devices:
         return _in_places(config, plan, devices, program)
-    sizes = _batch_sizes(min(plan.n_batch, max(plan.n_parallel, TIERED_BATCH)), plan.n_parallel)
-    for n_batch in sizes[:-1]:
-        with contextlib.suppress(DoesNotFitError):
-            return _in_places(config, replace(plan, n_batch=n_batch), devices, program)
-    return _in_places(config, replace(plan, n_batch=sizes[-1]), devices, program)
+    found, lack = list[EnginePlan](), None
+    for n_batch in tiered_batch_sizes(plan.n_batch, plan.n_parallel):
+        try:
+            found.append(_in_places(config, replace(plan, n_batch=n_batch), devices, program))
+        except DoesNotFitError as error:
+            lack = error
+    if not found:
+        assert lack is not None
+        raise lack
+    return min(found, key=_request_reads)
+
+
+def _request_reads(plan: EnginePlan) -> float:
+    """Bytes that a typical request reads of experts that have no slot."""
+    return 0.0 if plan.tiers is None else request_reads(plan.tiers, plan.layers, plan.n_batch)
 
 
 def _in_places(config: EngineConfig, plan: EnginePlan, devices: Budgeted, program: int) -> EnginePlan:
@@ -357,11 +364,6 @@ def _lack(config: EngineConfig, plan: EnginePlan, required: int) -> DoesNotFitEr
         required_bytes=required,
         available_bytes=plan.available,
     )
-
-
-def _batch_sizes(n_batch: int, n_parallel: int) -> list[int]:
-    """Batches to try: a smaller one may be what lets a model stay resident, and costs little."""
-    return [n_batch, *(n for n in (256, 128) if max(n_parallel, 1) <= n < n_batch)]
 
 
 def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ import numpy as np
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.ggml.device_backend import DeviceBackend
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.machine.cost_model import Prediction, Residency, Step, predict
+from slimoe.offload.machine.cost_model import LOOK_AHEAD, Prediction, Residency, Step, predict
 from slimoe.offload.machine.measure import Calibration, Limits, kernel_needs
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measured_speeds
@@ -98,7 +98,8 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     """Predicts how fast a plan is on a machine. Of several devices, which take turns, the slowest stands for all."""
     n_past = min(TYPICAL_PAST, plan.n_ctx - 1)
     n_prompt = min(plan.n_batch, plan.n_ctx)
-    decode, prefill = Step(n_past=n_past), Step(n_tokens=n_prompt, look_ahead=1.0)
+    decode = Step(n_past=n_past, look_ahead=_look_ahead(plan))
+    prefill = Step(n_tokens=n_prompt, look_ahead=1.0)
     where = expert_placement(plan)
     slowest = [_slowest(plan, speed, where, step) for step in (decode, prefill)]
     load = workload(plan.spec, plan.sources, plan.layers)
@@ -107,9 +108,15 @@ def predict_plan(plan: EnginePlan, speed: MachineSpeed) -> PlanPrediction:
     return PlanPrediction(slowest[0], n_past, slowest[1], n_prompt, exchange, costs)
 
 
+def _look_ahead(plan: EnginePlan) -> float:
+    """The share of a token's reads that begin before they are selected: none where no router is asked early."""
+    return LOOK_AHEAD if plan.tiers is None or plan.tiers.prefetch_depth else 0.0
+
+
 def predict_answers(plan: EnginePlan, speed: MachineSpeed, n_tokens: int) -> float:
     """Milliseconds of a step that continues answers by `n_tokens` tokens in all, each with logits of its own."""
-    step = Step(n_tokens=n_tokens, n_past=min(TYPICAL_PAST, plan.n_ctx - 1), n_out=n_tokens)
+    n_past = min(TYPICAL_PAST, plan.n_ctx - 1)
+    step = Step(n_tokens=n_tokens, n_past=n_past, n_out=n_tokens, look_ahead=_look_ahead(plan))
     return n_tokens * _slowest(plan, speed, expert_placement(plan), step, is_answer=True).ms_per_token
 
 

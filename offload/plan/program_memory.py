@@ -4,7 +4,11 @@ All of it is computed from the file and the flags, so that `slimoe plan`, `run` 
 whatever each of them has loaded when it asks.
 """
 
+from gguf import GGMLQuantizationType
+
+from slimoe.offload.memory import prompt_record
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.plan.engine_config import PromptConfig
 
 _HELD_BYTES, _HELD_STEP = 60 << 20, 20 << 20
 """Python, numpy, ggml and our modules hold 50 to 53 MiB when a model is opened, depending on the command. Libraries for
@@ -35,6 +39,14 @@ def request_bytes(spec: ModelSpec, n_batch: int, n_parallel: int) -> int:
     """Bytes of steps and requests beside their graphs' buffers: ggml's scratch memory, logits, and Python's objects."""
     scratch = 4 * n_batch * max(widest_row(spec), spec.n_embd)
     return scratch + 4 * spec.n_vocab * (_LOGIT_ROWS + n_parallel) + _STEP_BYTES + n_parallel * _REQUEST_BYTES
+
+
+def prompt_bytes(prompts: PromptConfig, spec: ModelSpec, kv_type: GGMLQuantizationType) -> int:
+    """Bytes of what is kept of prompts on disk while it is in memory; raises UsageError for too small a bound."""
+    if prompts.prompt_cache is None:
+        return 0
+    prompt_record.check_bound(prompts.prompt_cache_size, spec, kv_type)
+    return prompt_record.held_bytes(spec, kv_type)
 
 
 def most_logit_rows(n_batch: int, n_parallel: int) -> int:

@@ -16,6 +16,7 @@ from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
 from slimoe.offload.model.regrouped import as_matrix, join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources, WeightSource
+from slimoe.offload.plan.batch_sizes import TYPICAL_ANSWER, TYPICAL_PROMPT
 from slimoe.offload.plan.engine_config import WEIGHT_MODES
 
 Mode = Literal["mapped", "copied", "repacked", "both"]
@@ -24,7 +25,7 @@ _JOINED = 2
 """The largest weight that is repacked is gate and up, joined."""
 _WORTHWHILE = 0.97
 """A second copy must save at least 3 % of a step's time, or it is only memory."""
-_TYPICAL_PROMPT, _TYPICAL_ANSWER, _TYPICAL_BATCH = 512, 128, 256
+_TYPICAL_BATCH = 256
 EVER = 1 << 20
 """More tokens than any step has."""
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -237,7 +238,7 @@ class _Shape:
     def is_better_alone(self, kind: MatrixKind, speed: FormSpeed) -> bool:
         """Whether repacked matrices save time over a prompt and an answer of usual lengths, and to a single token."""
         single, batch = self.seconds(kind, speed, 1), self.seconds(kind, speed, _TYPICAL_BATCH)
-        saved = _TYPICAL_ANSWER * (single[0] - single[1]) + _TYPICAL_PROMPT / _TYPICAL_BATCH * (batch[0] - batch[1])
+        saved = TYPICAL_ANSWER * (single[0] - single[1]) + TYPICAL_PROMPT / _TYPICAL_BATCH * (batch[0] - batch[1])
         return single[1] < _WORTHWHILE * single[0] and saved > 0
 
 

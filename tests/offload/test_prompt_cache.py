@@ -4,6 +4,7 @@ Computed tokens are counted where steps count them, and answers compared with th
 """
 
 import random
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UsageError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, SamplingParams, Timings, TokenStep
@@ -355,6 +357,19 @@ def test_the_bound_is_kept(model: Path, tmp_path: Path) -> None:
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * n_bytes
     with closing(opened(model, tmp_path)) as engine:
         assert Asked(engine, OTHERS[-1]).n_read <= N_BATCH
+
+
+def test_a_bound_that_keeps_nothing_is_refused(plain: Path, tmp_path: Path) -> None:
+    """And one of what the refusal says keeps a prompt."""
+    with pytest.raises(UsageError, match=r"--prompt-cache-size is 1.0 KiB, .* Make it \d+MiB or more") as refused:
+        opened(plain, tmp_path, prompt_cache_size=1024)
+    named = re.search(r"Make it (\d+)MiB", str(refused.value))
+    assert named is not None
+    with closing(opened(plain, tmp_path, prompt_cache_size=int(named[1]) << 20)) as engine:
+        Asked(engine, FIRST[:160])
+        rest(engine)
+    with closing(opened(plain, tmp_path)) as engine:
+        assert Asked(engine, FIRST[:160]).n_read < 160
 
 
 def test_what_is_erased_is_erased_on_disk(model: Path, tmp_path: Path) -> None:

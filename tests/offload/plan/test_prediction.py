@@ -217,7 +217,14 @@ def test_both_phases_are_the_cost_models(model: Path) -> None:
     load = workload(plan.spec, plan.sources, plan.layers)
     assert (prediction.n_past, prediction.n_prompt) == (511, plan.n_batch)
     found = expert_placement(plan).found_share
-    assert prediction.decode == predict(load, Residency(0.0, found), speed, Step(n_past=511))
+    assert plan.tiers is not None
+    assert plan.tiers.prefetch_depth == 0
+    alone = Step(n_past=511, look_ahead=0.0)
+    assert prediction.decode == predict(load, Residency(0.0, found), speed, alone), "nothing is read ahead"
+    ahead = dataclasses.replace(plan, tiers=dataclasses.replace(plan.tiers, prefetch_depth=1))
+    found_then = expert_placement(ahead).found_share
+    expected = predict(load, Residency(0.0, found_then), speed, Step(n_past=511))
+    assert predict_plan(ahead, speed).decode == expected
     prompt = Step(n_tokens=plan.n_batch, look_ahead=1.0)
     assert prediction.prefill == predict(load, Residency(0.0, 0.5), speed, prompt), "which needs every expert"
     assert prediction.decode.bound_name == "disk"
