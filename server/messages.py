@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from slimoe.offload.ggml.device_calls import DeviceWait
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.requests.snapshot import Snapshot
 from slimoe.offload.text.generation import FinishReason, GenerationRequest, TierUse, Timings
@@ -179,9 +180,10 @@ class Loading(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """From the engine, every `BEAT_SECONDS`: its work last made progress `stuck_seconds` ago."""
+    """From the engine, every `BEAT_SECONDS`: its work last made progress `stuck_seconds` ago, and what it waits for."""
 
     stuck_seconds: float
+    awaited: DeviceWait | None = None
 
 
 class Ready(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,11 +20,13 @@ REPACK_BUFFER = "CPU_REPACK"
 
 
 _LOG_WARN = 3
+_BROKEN_CONNECTION = re.compile(rb"(send|recv) failed \(bytes_")
+"""How ggml-rpc begins what it reports of a connection before it gives up, which `abort` says in a person's words."""
 
 
 def _log(level: int, text: bytes, user_data: int | None) -> None:
     """Passes on ggml's warnings and errors; it reports every repacked tensor otherwise."""
-    if _LOG_WARN <= level <= _LOG_WARN + 1:
+    if _LOG_WARN <= level <= _LOG_WARN + 1 and not _BROKEN_CONNECTION.match(text):
         sys.stderr.write("\n".join(map(printable, text.decode("utf-8", "replace").split("\n"))))
 
 

@@ -12,6 +12,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.ggml.device_calls import AnsweredBy
 from slimoe.offload.ggml.devices import Device, free_now
 from slimoe.offload.resources.memory import human
 
@@ -31,14 +32,17 @@ class DeviceBackend:
     waits for an answer, which are `get`, `allocate` and opening. A call that only sends, which are `set`, `compute`
     and freeing a buffer, may still succeed once after the other side has gone, and the process ends with the next.
     A server that fails at a graph ends itself. A connection that falls silent, as when the other machine loses power,
-    is noticed by nobody: `get` waits for as long as the system's TCP does. No error can be raised for any of this, so
-    an engine that uses such a device belongs in a process of its own that is started again; `abort` lets it say why.
+    is noticed by nobody: `get` waits for as long as the system's TCP does, and `device_calls` tells other threads for
+    whom. No error can be raised for any of this, so an engine that uses such a device belongs in a process of its own
+    that is started again; `abort` lets it say why.
     """
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.seconds = 0.0
-        handle = ggml_device.ggml_backend_dev_init(device.handle, None)
+        self._answer = AnsweredBy(f"{device.name} ({device.description})", is_lent=device.is_lent)
+        with self._answer:
+            handle = ggml_device.ggml_backend_dev_init(device.handle, None)
         if not handle:
             raise DeviceError(f"{device.name} ({device.description}) cannot be opened. Choose another with --device.")
         self._handle: int | None = handle
@@ -75,7 +79,8 @@ class DeviceBackend:
         """
         buffer: int | None = None
         if n_bytes <= self.max_buffer_bytes:
-            buffer = ggml_backend.ggml_backend_buft_alloc_buffer(self._buft, n_bytes)
+            with self._answer:
+                buffer = ggml_backend.ggml_backend_buft_alloc_buffer(self._buft, n_bytes)
         if buffer:
             return buffer
         name, most = self.device.name, self.max_buffer_bytes
@@ -89,27 +94,31 @@ class DeviceBackend:
 
     def free_bytes(self) -> int:
         """What the device has free now, of all programs' memory."""
-        return free_now(self.device)
+        with self._answer:
+            return free_now(self.device)
 
     # --- data ----------------------------------------------------------------------------------------------
 
     def set(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Copies a contiguous array into a tensor, `offset` in bytes; the array may change afterwards."""
         self.set_async(tensor, values, offset)
-        ggml_device.ggml_backend_synchronize(self._handle)
+        with self._answer:
+            ggml_device.ggml_backend_synchronize(self._handle)
 
     def set_async(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Begins to copy an array into a tensor; it must stay as it is until `synchronize`."""
         assert values.flags.c_contiguous
         data = values.ctypes.data
-        ggml_device.ggml_backend_tensor_set_async(self._handle, tensor, data, offset, values.nbytes)
+        with self._answer:
+            ggml_device.ggml_backend_tensor_set_async(self._handle, tensor, data, offset, values.nbytes)
 
     def get(self, tensor: int, values: NDArray[Any], offset: int = 0) -> None:
         """Fills a contiguous array from a tensor, after all work given so far."""
         assert values.flags.c_contiguous
         begin = time.perf_counter()
         data = values.ctypes.data
-        ggml_device.ggml_backend_tensor_get_async(self._handle, tensor, data, offset, values.nbytes)
+        with self._answer:
+            ggml_device.ggml_backend_tensor_get_async(self._handle, tensor, data, offset, values.nbytes)
         self._wait(begin)
 
     # --- graphs --------------------------------------------------------------------------------------------
@@ -169,7 +178,8 @@ class DeviceBackend:
         mark = self._marks[self._n_marks % len(self._marks)]
         self._n_marks += 1
         # Reached long ago, but only who has waited for it may set it again: some drivers would keep every one.
-        ggml_device.ggml_backend_event_synchronize(mark)
+        with self._answer:
+            ggml_device.ggml_backend_event_synchronize(mark)
         ggml_device.ggml_backend_event_record(mark, self._handle)
         return mark
 
@@ -181,17 +191,20 @@ class DeviceBackend:
     def reach(self, mark: int) -> None:
         """Waits here until a mark of this queue is reached."""
         if mark:
-            ggml_device.ggml_backend_event_synchronize(mark)
+            with self._answer:
+                ggml_device.ggml_backend_event_synchronize(mark)
 
     def _begin(self, graph: int) -> None:
-        status = ggml_device.ggml_backend_graph_compute_async(self._handle, graph)
+        with self._answer:
+            status = ggml_device.ggml_backend_graph_compute_async(self._handle, graph)
         if status != ggml_backend.STATUS_SUCCESS:
             raise DeviceError(
                 f"{self.device.name} failed to compute (ggml status {status}). Lower --vram, or try --device none."
             )
 
     def _wait(self, begin: float) -> None:
-        ggml_device.ggml_backend_synchronize(self._handle)
+        with self._answer:
+            ggml_device.ggml_backend_synchronize(self._handle)
         self.seconds += time.perf_counter() - begin
 
     def close(self) -> None:
@@ -202,5 +215,6 @@ class DeviceBackend:
             for mark in self._marks:
                 ggml_device.ggml_backend_event_free(mark)
             self._marks.clear()
-            ggml_backend.ggml_backend_free(self._handle)
+            with self._answer:
+                ggml_backend.ggml_backend_free(self._handle)
             self._handle = None

@@ -21,6 +21,7 @@ from slimoe.offload.text.generation import TierUse
 from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags
 from slimoe.server.options.serving_memory import running_bytes
+from slimoe.server.terminal.interrupts import ending_at_interrupt
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
@@ -138,12 +139,13 @@ def command(values: Mapping[str, Any]) -> None:
     config = engine_config(values, running_bytes())
     if config.model.is_file():
         drop_pages(shard_paths(config.model))
-    engine = open_engine(config)
-    try:
-        found = [_measure(engine, test, options.n_rounds) for test in _tests(engine, options)]
-        report = _report(engine, options, found)
-    finally:
-        engine.close()
+    with ending_at_interrupt():
+        engine = open_engine(config)
+        try:
+            found = [_measure(engine, test, options.n_rounds) for test in _tests(engine, options)]
+            report = _report(engine, options, found)
+        finally:
+            engine.close()
     click.echo(msgspec.json.encode(report) if options.as_json else "\n".join(_table(report)))
 
 

@@ -1,7 +1,9 @@
 """`slimoe plan`: what opening a model would take, what lies where, and how fast it would be."""
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +21,12 @@ from slimoe.offload.printable import printable
 from slimoe.server.jobs.local_engine import say_notes
 from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options, hf_bits_flag
 from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags, engine_settings
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.serving_memory import running_bytes, serving_bytes
 from slimoe.server.telling import tell
+from slimoe.server.terminal.interrupts import ending_at_interrupt
 from slimoe.server.terminal.plan_report import PlanReport
 
 _LEAST_CTX = 256
@@ -64,10 +68,16 @@ def command(values: Mapping[str, Any]) -> None:
     With a checkpoint directory, or any flag from --stats to --heal: say what slimoe convert would make of MODEL with
     these flags, layer by layer, how large, at what expected loss, and who loads it.
     """
+    refuse_idle(["trace"], "records what a model selects while it runs, and a plan runs none. Leave it out.")
     compression, model = compress_options(values), values["model"]
     is_hf = values["hf"] or values["hf_bits"] is not None
     if not (is_hf or compression.is_asked or (model is not None and os.path.isdir(model))):
-        tell_engine_plan(values)
+        advice = (
+            "is for a model that is to be made. Leave it out; slimoe convert --dry-run says what one type comes to."
+        )
+        refuse_idle(["type_name"], advice)
+        with ending_at_interrupt():
+            tell_engine_plan(values)
         return
     if model is None:
         raise click.UsageError("Which model is to be compressed? Name its directory or GGUF file.")
@@ -75,7 +85,16 @@ def command(values: Mapping[str, Any]) -> None:
     if other:
         flag = other[0].removeprefix("n_").replace("_", "-")
         raise click.UsageError(f"--{flag} is for a model that is opened, not for one that is to be made.")
-    check_installed("Compressing", *CONVERTERS)
+    refuse_idle(
+        ["measure", "for_serve"], "is for a model that is opened, not for one that is to be made. Leave it out."
+    )
+    if not (is_hf or compression.is_asked):
+        from slimoe.converter.source.open_source import open_source
+
+        open_source(model)  # what is wrong with it comes first
+        hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
+        raise click.UsageError(f"{model} is a checkpoint. {hint}")
+    check_installed("Compressing", *CONVERTERS, source=model)
     if is_hf:
         from slimoe.server.jobs.hf_checkpoint import tell_checkpoint
 
@@ -112,15 +131,24 @@ def tell_engine_plan(values: Mapping[str, Any], measure: Measure = measure_machi
         local = plan_each([without])[0]
         alone = None if local.shortfall else _prediction(without, local, measure, cache, is_allowed=is_allowed)
     if cache.disturbed:
-        names = ", ".join(cache.disturbed)
-        tell(f"Other programs disturbed what was measured just now, and speeds may be off by far: {names}.")
-        tell("It is not remembered. Run the command again when they are done.")
+        tell(disturbance(cache.disturbed))
     report = replace(report, prediction=prediction, alone=alone)
     if values["as_json"]:
         _tell(report, as_json=True)
         return
     speed = report.speed_lines()
     click.echo("\n".join(["", *speed]) if speed else "")
+
+
+def disturbance(names: Sequence[str]) -> str:
+    """What to tell of measurements that other programs disturbed, by their names: how many of which part."""
+    parts = Counter(re.split(r"[,:]| [(0-9]", name)[0] for name in names)
+    told = ", ".join(f"{n} of {part}" for part, n in parts.items())
+    what = "1 measurement was" if len(names) == 1 else f"{len(names)} measurements were"
+    return (
+        f"{what} disturbed by other programs ({told}) and not remembered, so that speeds may be off by far. Run the "
+        "command again when the programs are done."
+    )
 
 
 def without_rpc(config: EngineConfig) -> EngineConfig:
@@ -156,8 +184,8 @@ def _prediction(
             raise _UnmeasuredError(f"{name} is not known.")
         if not told:
             tell(
-                "Measuring this machine: matrix kernels, links and the disk, some seconds. It is remembered; "
-                "--no-measure or Ctrl-C leaves the prediction out."
+                "Measuring this machine for a prediction: matrix kernels, links and the disk, some seconds. "
+                "--no-measure or Ctrl-C leaves it out."
             )
         told = True
 

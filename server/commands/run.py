@@ -18,10 +18,12 @@ from slimoe.server.jobs.local_engine import open_engine
 from slimoe.server.messages import ChatPrompt, PromptSource, TextPrompt, TokenPrompt, Turn
 from slimoe.server.options.engine_options import OptionsCommand, draft_flag, engine_config, engine_flags
 from slimoe.server.options.form_options import form_flags, form_of
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
 from slimoe.server.options.serving_memory import running_bytes
 from slimoe.server.options.template_option import template_flag
+from slimoe.server.terminal.interrupts import ending_at_interrupt
 from slimoe.server.terminal.repl import Repl
 from slimoe.server.terminal.terminal import generate, show_figures
 from slimoe.server.terminal.typed_lines import history_path
@@ -93,7 +95,9 @@ def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], E
         ignore_eos=options.ignore_eos,
         constraint=form_of(values),
     )
-    engine = open_engine(engine_config(values, running_bytes()))
+    config = engine_config(values, running_bytes())
+    with ending_at_interrupt():
+        engine = open_engine(config)
     template = values.get("chat_template")
     if engine.tokenizer is not None and template is not None:
         engine.tokenizer.chat_template = template or None
@@ -104,7 +108,8 @@ def carry_out(values: Mapping[str, Any], open_engine: Callable[[EngineConfig], E
         else:
             _complete(engine, request, source, options)
     finally:
-        engine.close()
+        with ending_at_interrupt(1):
+            engine.close()
 
 
 def _check(options: RunOptions) -> None:
@@ -115,8 +120,10 @@ def _check(options: RunOptions) -> None:
     is_interactive = options.prompt is None and options.prompt_ids is None
     if options.as_json and is_interactive:
         raise UsageError("--json needs a prompt. Add --prompt or --prompt-ids.")
-    if options.system is not None and not options.chat and not is_interactive:
-        raise UsageError("--system is for chats. Add --chat, or leave the prompt out.")
+    if not options.chat and not is_interactive:
+        refuse_idle(["system", "chat_template"], "is for chats. Add --chat, or leave the prompt out.")
+    if not is_interactive:
+        refuse_idle(["history"], "is for a chat in the terminal. Leave it or the prompt out.")
 
 
 def _source(options: RunOptions) -> PromptSource | None:

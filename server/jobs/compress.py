@@ -156,11 +156,8 @@ def _with_feedback(work: CompressWork, n_threads: int) -> tuple[CompressWork, fl
 
 
 def tell_plan(values: Mapping[str, Any], options: CompressOptions) -> None:
-    """Tells what `convert_compressed` would write; raises UsageError where nothing is asked for."""
+    """Tells what `convert_compressed` would write; raises as planning does."""
     model, n_threads = values["model"], values["n_threads"]
-    if not options.is_asked:
-        hint = "Say what to make of it: --target-size or --recipe, with --stats; slimoe convert --dry-run for one type."
-        raise click.UsageError(f"{model} is a checkpoint. {hint}")
     if values["type_name"]:
         options = with_type(options, values["type_name"])
     work = plan_work(model, options, n_threads or usable_processors())

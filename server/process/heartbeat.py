@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from slimoe.offload.ggml.device_calls import longest_wait
 from slimoe.server.messages import BEAT_SECONDS, Beat
 
 
@@ -45,6 +46,6 @@ class Heartbeat:
                 state = (self._n_ticks, object())
             if self._is_idle or state != last:
                 last, moved_at = state, time.monotonic()
-            self._send(Beat(time.monotonic() - moved_at))
+            self._send(Beat(time.monotonic() - moved_at, longest_wait()))
             self.check()
             time.sleep(BEAT_SECONDS)

@@ -138,19 +138,27 @@ class Supervisor:
     @property
     def trouble(self) -> str | None:
         """Why requests are not answered now although they may be soon; None when they are, or when nobody knows."""
+        if self.phase not in ("ready", "loading"):
+            return None
+        awaited = self._watchdog.device_silence
         if self.phase == "ready":
-            return self._watchdog.silence
-        return None if self._crash is None or self.phase != "loading" else self._crash.message
+            return self._watchdog.silence or awaited
+        return awaited or (None if self._crash is None else self._crash.message)
 
     async def _watch(self) -> None:
-        """Kills an engine that is silent or stuck for too long."""
+        """Kills an engine that is silent or stuck for too long, and tells the log of a device that does not answer."""
+        was_deaf = False
         while True:
             await asyncio.sleep(messages.BEAT_SECONDS)
             if self.trouble is not None:
                 self._note_change()
+            deaf = self._watchdog.device_silence
+            if deaf is not None and not was_deaf:
+                JOURNAL.tell(deaf, "error")
+            was_deaf = deaf is not None
             problem = None if self._child is None else self._watchdog.tick()
             if self._child is not None and problem is not None:
-                self._crash = messages.Failure(0, "engine_stuck", problem)
+                self._crash = problem
                 self._child.kill()
 
     async def wait_ready(self) -> messages.ModelInfo:

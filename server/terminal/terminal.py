@@ -12,6 +12,7 @@ import click
 
 from slimoe.offload.engine import Engine
 from slimoe.offload.text.generation import Finished, GenerationRequest, TokenStep
+from slimoe.server.terminal.interrupts import ending_at_interrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,10 @@ class Outcome:
 
 
 def generate(engine: Engine, request: GenerationRequest, *, shows_text: bool) -> Outcome:
-    """Runs `request`; Ctrl-C ends it early with the reason `cancelled`."""
+    """Runs `request`; Ctrl-C ends it early with the reason `cancelled`, and a second one ends the program."""
     texts: list[str] = []
     tokens: list[int] = []
-    with _interruptible() as interrupted:
+    with ending_at_interrupt(), _interruptible() as interrupted:
         for event in engine.generate(request, interrupted.is_set):
             if isinstance(event, TokenStep):
                 tokens.append(event.token)

@@ -223,15 +223,24 @@ def test_what_other_programs_disturb_is_measured_once_and_told(
         words = [str(path), "--ctx", "64", "--rpc", server.endpoint]
         for _ in range(2):
             tell(*words, measure=measure)
-            assert "Other programs disturbed what was measured just now, and speeds may be off by far: kernels." in (
-                " ".join(capsys.readouterr().err.split())
-            )
+            err = capsys.readouterr().err
+            assert "1 measurement was disturbed by other programs (1 of kernels) and not remembered" in err
+            assert "It is remembered" not in err
         assert measured == ["kernels"] * 2, "once for both predictions, and again in the next run"
         quiet = True
         tell(*words, measure=measure)
         tell(*words, measure=measure)
     assert "disturbed" not in capsys.readouterr().err
     assert measured == ["kernels"] * 3
+
+
+def test_many_disturbed_measurements_are_one_short_line() -> None:
+    names = [f"CPU, 2 threads, 16 MiB: Q4_K {n} dense x 256" for n in range(256, 8192, 256)]
+    line = plan.disturbance([*names, "CPU, 2 threads: overheads", "disk 65024, 128 KiB, direct", "RPC0 (h:1): link"])
+    assert line.startswith(
+        "34 measurements were disturbed by other programs (32 of CPU, 1 of disk, 1 of RPC0) and not "
+    )
+    assert len(line) < 240
 
 
 def test_what_becomes_of_experts_that_a_card_lacks_is_told(tmp_path: Path) -> None:
