@@ -13,6 +13,7 @@ from slimoe.server.models.plans import PlannedModel, plan_models
 from slimoe.server.options.serving_memory import TEMPLATE_BYTES, serving_bytes
 from slimoe.server.process.pool import Pool
 from slimoe.server.process.supervisor import DEFAULT_N_QUEUE, Supervisor
+from slimoe.server.telling import tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ class Offer:
             found = [FoundModel(model_id(own, self.alias), own, n_bytes), *found]
         plans = await plan_models([changed(self.engine, {"model": model.path}) for model in found])
         rows = list(zip(found, plans, strict=True))
+        for model, plan in rows:
+            if plan is not None and plan.problem is not None:
+                tell(f"{model.name} cannot be loaded now, and requests for it will fail: {plan.problem}")
         if not self.has_model:
             # Where nobody says which, it is one that can be opened.
             rows.sort(key=lambda row: row[1] is None or not row[1].fits)

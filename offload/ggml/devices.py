@@ -82,18 +82,27 @@ def choose_devices(
 ) -> tuple[Device, ...]:
     """The devices to use of those that `find` finds, in order of preference.
 
-    `wanted` is auto for all, none for no device, or names with commas between. auto takes a card that two drivers show
-    once, and integrated GPUs only where there is no other, since they are slow and take the CPU's memory. Raises
-    UsageError for a name that there is not, and as `available_devices` does.
+    `wanted` is auto for all, none for no device, or names with commas between, in any case. auto takes a card that two
+    drivers show once, and integrated GPUs only where there is no other, since they are slow and take the CPU's memory.
+    Raises UsageError for a name that there is not, and as `available_devices` does.
     """
-    if wanted == "none":
+    names = [name.strip() for name in wanted.split(",")]
+    words = [name.lower() for name in names]
+    if "" in words:
+        raise UsageError(
+            f"--device is {wanted!r}, which has nothing before or after a comma. Write names between them."
+        )
+    mixed = [word for word in ("none", "auto") if word in words and len(words) > 1]
+    if mixed:
+        what = {"none": "takes no device", "auto": "takes every GPU there is"}[mixed[0]]
+        raise UsageError(f"--device is {wanted!r}, but {mixed[0]} {what}. Write it alone, or names of devices.")
+    if words == ["none"]:
         if rpc:
             raise UsageError("--device none takes no device, but --rpc names one. Leave one of them out.")
         return ()
     devices = find(rpc)
-    if wanted == "auto":
+    if words == ["auto"]:
         return tuple(_best(devices))
-    names = [name.strip() for name in wanted.split(",")]
     chosen = {name: _named(name, devices) for name in names}
     return tuple(dict.fromkeys(chosen.values()))
 

@@ -61,7 +61,7 @@ def command(values: Mapping[str, Any]) -> None:
     SRC is a checkpoint directory or a GGUF file. One layer is in memory at a time. Texts of your own use are best;
     without any, a small mixture is taken. When interrupted, the same command goes on where it was.
     """
-    check_installed("Calibration", "torch", "safetensors")
+    check_installed("Calibration", "torch", "safetensors", source=values["source"])
     from slimoe.converter.stats import calibrate as calibration
 
     output: Path = values["output"]

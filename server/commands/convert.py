@@ -25,6 +25,7 @@ from slimoe.server.options.destination import reserve, unwritten
 from slimoe.server.options.engine_options import OptionsCommand
 from slimoe.server.options.eval_options import eval_flags
 from slimoe.server.options.hub_cache import ModelPath
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar
@@ -84,7 +85,7 @@ def command(values: Mapping[str, Any]) -> None:
     if values["keeps_mtp"] and (values["hf"] or values["hf_bits"] or copies or compression.is_asked):
         raise click.UsageError("--mtp is for a whole model in types by name: only --type and --imatrix go with it.")
     if values["hf"] or values["hf_bits"]:
-        check_installed("Compressing", *CONVERTERS)
+        check_installed("Compressing", *CONVERTERS, source=values["source"])
         from slimoe.server.jobs.hf_checkpoint import convert_to_checkpoint
 
         convert_to_checkpoint(values, compression)
@@ -92,13 +93,18 @@ def command(values: Mapping[str, Any]) -> None:
     if copies and type_name:
         raise click.UsageError("--two-copies names the types of everything. Leave --type out.")
     if not compression.is_asked:
-        if values["eval_texts"]:
-            raise click.UsageError("--eval-text is for a model that is compressed. slimoe report evaluates any file.")
+        refuse_idle(
+            ["eval_texts", "eval_tokens", "report"],
+            "is for a model that is compressed. Leave it out; slimoe report evaluates any file.",
+        )
         _convert(values)
     elif values["imatrix"]:
         raise click.UsageError("--imatrix is for types by name. Compressing takes importance from --stats.")
     else:
-        check_installed("Compressing", *CONVERTERS, *(("matplotlib",) if values["report"] else ()))
+        if not values["report"]:
+            refuse_idle(["eval_texts", "eval_tokens"], "is for the report. Leave it or --no-report out.")
+        needed = (*CONVERTERS, "matplotlib") if values["report"] else CONVERTERS
+        check_installed("Compressing", *needed, source=values["source"])
         from slimoe.server.jobs.compress import convert_compressed
 
         compression = (

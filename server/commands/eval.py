@@ -26,6 +26,7 @@ from slimoe.server.options.engine_options import (
     engine_settings,
     joined,
 )
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.installed import check_installed
 from slimoe.server.options.serving_memory import serving_bytes
 from slimoe.server.telling import tell
@@ -95,6 +96,12 @@ def carry_out(values: Mapping[str, Any], harness_command: Sequence[str] = HARNES
     absent = next((task for task in flags.tasks if task.endswith((".yaml", ".yml")) and not Path(task).is_file()), None)
     if absent is not None:
         raise UsageError(f"There is no file {absent}. Name a YAML file, or a task of lm-eval.")
+    if flags.output is None:
+        refuse_idle(["force"], "overwrites the file of --output. Add --output, or leave it out.")
+        if not flags.as_json:
+            refuse_idle(
+                ["keeps_samples", "hashes_all"], "adds to the whole result. Ask for that by --output or --json."
+            )
     if flags.output is not None and flags.output.exists() and not flags.force:
         raise UsageError(f"{flags.output} exists. Choose another name, or overwrite it with --force.")
     engine = engine_config(values, serving_bytes())

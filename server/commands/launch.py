@@ -14,6 +14,7 @@ import msgspec
 
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.server.options.engine_options import OptionsCommand
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.telling import did_you_mean, tell
 from slimoe.server.terminal.client_settings import CLIENTS, Server, child_environment, settings_for, shell_lines
 
@@ -62,6 +63,7 @@ def command(values: Mapping[str, Any]) -> None:
     Without CLIENT all clients are listed. What follows -- is handed to a client that is started.
     """
     if values["client"] is None:
+        refuse_idle(["is_run", "url", "model", "key_env"], "is for one client. Name it; without flags all are listed.")
         if values["as_json"]:
             click.echo(msgspec.json.encode({name: client.title for name, client in CLIENTS.items()}))
         else:
@@ -69,6 +71,8 @@ def command(values: Mapping[str, Any]) -> None:
         return
     if values["arguments"] and not values["is_run"]:
         raise UsageError("Arguments are for a client that is started. Add --run.")
+    if values["is_run"]:
+        refuse_idle(["as_json"], "prints settings, and --run starts the client. Leave one of them out.")
     key = None if values["key_env"] is None else os.environ.get(values["key_env"])
     if values["key_env"] is not None and not key:
         raise UsageError(f"The environment variable {values['key_env']} holds no key. Put it there, or leave it out.")

@@ -33,7 +33,7 @@ def command(values: dict[str, Any]) -> None:
     it is replaced with --force only, by one that knows it as well. Without such a report a file must have as many
     layers as SRC for figures by layer.
     """
-    check_installed("A report", *CONVERTERS, "matplotlib")
+    check_installed("A report", *CONVERTERS, "matplotlib", source=values["source"])
     from slimoe.converter.report.make import check_reports
     from slimoe.converter.source.gguf_source import gguf_source
     from slimoe.converter.source.open_source import open_source

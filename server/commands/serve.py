@@ -24,6 +24,7 @@ from slimoe.server.log_format import log_to_stderr
 from slimoe.server.messages import ModelInfo
 from slimoe.server.offer import Offer
 from slimoe.server.options.engine_options import OptionsCommand, draft_flag, engine_config, engine_flags
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.installed import version_of
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
 from slimoe.server.options.sampling_options import sampling_flags, sampling_params
@@ -189,6 +190,8 @@ def command(values: Mapping[str, Any]) -> None:
         make_private(prompts, "--prompt-cache")
         engine = changed(engine, {"prompt_cache": prompts.absolute()})
     options = msgspec.convert(dict(values), ServeOptions)
+    if options.models is None:
+        refuse_idle(["models_max"], "is for several models. Name a folder with --models.")
     rules = AccessRules(
         _key(options),
         frozenset(name.lower() for name in (*options.allowed_host, options.host)),
@@ -271,6 +274,7 @@ def _key(options: ServeOptions) -> str | None:
     It is taken out of the environment, so that no child of this process finds it there.
     """
     if options.api_key_env is not None:
+        refuse_idle(["api_key_file"], "and --api-key-env name one key each. Leave one of them out.")
         key = os.environ.pop(options.api_key_env, "").strip()
         where = f"The environment variable {options.api_key_env}"
     elif options.api_key_file is not None:

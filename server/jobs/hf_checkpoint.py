@@ -37,6 +37,7 @@ from slimoe.server.jobs.planning_time import tell_planning
 from slimoe.server.jobs.specialise import known_statistics
 from slimoe.server.options.compress_options import CompressOptions
 from slimoe.server.options.destination import reserve, unwritten
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.telling import tell
 from slimoe.server.terminal.progress_bars import byte_bar, duration, step_bar
 
@@ -112,6 +113,7 @@ def _check_flags(values: Mapping[str, Any]) -> None:
         if values.get(name):
             flag = _SPELT.get(name, name).replace("_", "-")
             raise click.UsageError(f"--{flag} is for GGUF files, and --hf writes a checkpoint. Leave one of them out.")
+    refuse_idle(["eval_tokens", "report"], "is for GGUF files, and --hf writes a checkpoint. Leave one of them out.")
 
 
 def plan_checkpoint(model: Path, options: CompressOptions, n_bits: int) -> CheckpointWork:

@@ -11,6 +11,7 @@ from slimoe.offload.requests.drafting import DRAFT_MODES
 from slimoe.server.options.flag_group import flag_group, with_bare_values
 from slimoe.server.options.help_sections import write_options
 from slimoe.server.options.hub_cache import ModelPath
+from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.telling import tell
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.gguf"
@@ -111,6 +112,7 @@ engine_flags = flag_group(
     ),
     click.option(
         "--device",
+        callback=lambda ctx, param, name: name.lower() if name and name.lower() in ("auto", "none") else name,
         metavar="NAME",
         help="Devices to compute on besides the CPU: auto takes every GPU there is, none takes none (default: auto).",
     ),
@@ -170,8 +172,11 @@ def engine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def engine_config(values: Mapping[str, Any], reserve_bytes: int) -> EngineConfig:
     """How to open the model that the flags name; says on standard error when that is the demo.
 
-    `reserve_bytes` are what the command's other processes take at most.
+    `reserve_bytes` are what the command's other processes take at most. Raises UsageError for a flag that does nothing
+    without another.
     """
+    if values.get("prompt_cache") is None:
+        refuse_idle(["prompt_cache_size"], "bounds the folder of --prompt-cache. Add --prompt-cache, or leave it out.")
     if values["model"] is None:
         tell("No model named: using the built-in demo model, which is tiny and knows little.")
     return changed(EngineConfig(DEMO), {**engine_settings(values), "reserve_bytes": reserve_bytes})

@@ -2,6 +2,7 @@
 
 import importlib.util
 from importlib import metadata
+from pathlib import Path
 
 from slimoe.offload.errors import UsageError
 
@@ -9,16 +10,20 @@ CONVERTERS = ("torch", "safetensors", "scipy")
 """Libraries that compressing needs and plain conversion does not."""
 
 
-def check_installed(work: str, *modules: str, extra: str = "convert") -> None:
+def check_installed(work: str, *modules: str, extra: str = "convert", source: Path | None = None) -> None:
     """Raises UsageError where one of `modules` is not installed; `work` names what needs it, such as `Compressing`.
 
-    All of them come with an `extra` of this package.
+    All of them come with an `extra` of this package. What is wrong with the model `source` is told before that, as
+    `open_source` raises it: who installs torch for an empty directory has done so in vain.
     """
-    for name in modules:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(
-                f"{work} needs {name}. Install it: scripts/install {extra}, or pip install 'slimoe[{extra}]'"
-            )
+    missing = next((name for name in modules if importlib.util.find_spec(name) is None), None)
+    if missing is None:
+        return
+    if source is not None:
+        from slimoe.converter.source.open_source import open_source
+
+        open_source(source)
+    raise UsageError(f"{work} needs {missing}. Install it: scripts/install {extra}, or pip install 'slimoe[{extra}]'")
 
 
 def version_of(package: str) -> str:

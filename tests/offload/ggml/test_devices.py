@@ -293,7 +293,28 @@ def test_names_choose_and_order() -> None:
     assert chosen("RPC0,CUDA0,rpc0", card("CUDA0"), card("CUDA1"), card("RPC0")) == ["RPC0", "CUDA0"]
 
 
-@pytest.mark.parametrize("wanted", ["CUDA7", "CUDA0,CUDA7", "", "CUDA0,", "none,CUDA0"])
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("none,CUDA0", "none takes no device. Write it alone"),
+        ("CUDA0,NONE", "none takes no device. Write it alone"),
+        ("auto,RPC0", "auto takes every GPU there is. Write it alone"),
+        ("CUDA0,", "has nothing before or after a comma"),
+        ("", "has nothing before or after a comma"),
+    ],
+)
+def test_lists_of_names_that_make_no_sense(wanted: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as refused:
+        chosen(wanted, card("CUDA0"), card("RPC0"))
+    assert repr(wanted) in str(refused.value)
+
+
+def test_words_for_devices_in_any_case() -> None:
+    assert chosen("None", card("CUDA0")) == []
+    assert chosen("AUTO", card("CUDA0")) == ["CUDA0"]
+
+
+@pytest.mark.parametrize("wanted", ["CUDA7", "CUDA0,CUDA7"])
 def test_a_name_that_there_is_not(wanted: str) -> None:
     with pytest.raises(UsageError, match=r"no such device. There is CUDA0 \(a card\), RPC0 \(a card\)"):
         chosen(wanted, card("CUDA0"), card("RPC0"))

@@ -16,6 +16,7 @@ from slimoe.converter.recipe.fields import SourceSizes
 from slimoe.converter.recipe.toml_file import parse_recipe
 from slimoe.converter.source.open_source import open_source
 from slimoe.converter.stats.statistics_file import save_statistics
+from slimoe.offload.errors import ModelFileError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.gguf.keys import RECIPE
 from slimoe.server.cli import run
@@ -543,6 +544,41 @@ def test_what_must_be_installed(
         2,
         "slimoe: Compressing needs torch. Install it: scripts/install convert, or pip install 'slimoe[convert]'",
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "HERE"],
+        ["plan", "HERE", "--keep-experts", "2"],
+        ["plan", "HERE", "--hf", "--keep-experts", "2"],
+        ["convert", "HERE", "to.gguf"],
+        ["convert", "HERE", "to.gguf", "--keep-experts", "2"],
+        ["convert", "HERE", "to", "--hf", "--keep-experts", "2"],
+        ["calibrate", "HERE", "-o", "stats"],
+        ["report", "HERE", "m.gguf"],
+        ["inspect", "HERE"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("lacks", [None, "torch"])
+def test_what_is_no_checkpoint_is_told_before_what_must_be_installed(
+    words: list[str],
+    lacks: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "letters.txt").write_text("dear all")
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == lacks else find(name, *rest))
+    status, out, err = told([tmp_path if word == "HERE" else word for word in words], capsys)
+    assert (status, out) == (ModelFileError.exit_code, "")
+    assert err.splitlines()[-1].startswith(
+        f"slimoe: {tmp_path}: this directory is no checkpoint: it has no config.json"
+    )
+    assert "torch" not in err
 
 
 def test_old_spellings_of_flags_are_understood() -> None:

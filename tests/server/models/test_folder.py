@@ -92,6 +92,7 @@ async def test_plans_that_take_too_long_are_left_out(folder: Path) -> None:
     ("flags", "words"),
     [
         (["--models-max", "2"], "--models"),
+        (["--models-max", "1"], "--models"),
         (["--models", "FOLDER", "--alias", "x"], "--alias"),
         (["--models", "FOLDER", "--models-max", "2"], "--ram"),
         (["--models", "FOLDER", "--models-max", "2", "--ram", "auto"], "--ram"),
@@ -138,6 +139,10 @@ def test_the_real_server_switches_and_ends_without_orphans(folder: Path) -> None
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(DEADLINE) == 0
+        assert process.stderr is not None
+        told = [line for line in process.stderr.read().splitlines() if "cannot be loaded now" in line]
+        assert len(told) == 1, "of the one that cannot, and once"
+        assert told[0].startswith("damaged cannot be loaded now, and requests for it will fail: ")
         assert not [child for child in psutil.process_iter() if child.ppid() == process.pid]
 
 

@@ -52,10 +52,10 @@ FLAGS = [
     "0.25",
     "--lossy",
     "skip:0.1",
-    "--trace",
-    "router.trace",
     "--no-direct-io",
 ]
+TRACE = ["--trace", "router.trace"]
+"""A flag of those commands alone that compute with the model."""
 PROMPT_FLAGS = ["--prompt-cache", "kept", "--prompt-cache-size", "5GB"]
 EXPECTED = engine_config(
     Path("some.gguf"),
@@ -122,14 +122,14 @@ def test_values_differ_from_the_defaults() -> None:
     assert set(alike) <= ours
 
 
-@pytest.mark.parametrize("command", [["run", "-p", "x", *DRAFT], ["plan"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("command", [["run", "-p", "x", *DRAFT, *TRACE], ["plan"]], ids=lambda words: words[0])
 def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[EngineConfig]) -> None:
     assert run([command[0], "some.gguf", *command[1:], *FLAGS, *PROMPT_FLAGS]) == 2
-    assert seen == [EXPECTED if "--draft" in command else reconfigured(EXPECTED, draft="none")]
+    assert seen == [EXPECTED if "--draft" in command else reconfigured(EXPECTED, draft="none", trace=None)]
 
 
 def test_prompts_that_are_timed_are_computed(seen: list[EngineConfig]) -> None:
-    assert run(["bench", "some.gguf", *FLAGS]) == 2
+    assert run(["bench", "some.gguf", *FLAGS, *TRACE]) == 2
     unkept = EngineConfig(Path()).prompts
     assert seen == [dataclasses.replace(EXPECTED, prompts=unkept, draft="none")]
     assert run(["bench", "some.gguf", *PROMPT_FLAGS]) == 2
@@ -145,7 +145,7 @@ def test_flags_of_serve_reach_its_engine(
         through_the_pipe(offer.engine)
 
     monkeypatch.setattr(serve, "serve_models", instead)
-    assert run(["serve", "some.gguf", *FLAGS, *PROMPT_FLAGS, *DRAFT]) == 0
+    assert run(["serve", "some.gguf", *FLAGS, *TRACE, *PROMPT_FLAGS, *DRAFT]) == 0
     (config,) = seen
     assert config.model == Path.cwd() / "some.gguf"
     assert config.trace == Path.cwd() / "router.trace"
