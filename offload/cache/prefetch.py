@@ -23,19 +23,23 @@ class Later:
     """The next cut layers after one, the nearest first, and what the rows of their routers mean.
 
     `targets` I64 [n_later, n_row] are stored experts, negative for none, `n_rows` the rows that a layer has of those,
-    and `n_used` what a token selects, both [n_later].
+    and `n_used` what a token selects, both [n_later]. Of flattened arrays with a row for each layer `first_row` and
+    `first_bin` say where its rows and bins begin, `last` and `beyond` which candidates lie on either side of the border
+    between selected and not selected; it lies `below` the last one where all are selected, all [n_later, 1].
     """
 
     def __init__(
         self, layers: Sequence[int], targets: NDArray[np.int64], n_rows: Sequence[int], n_used: Sequence[int]
     ) -> None:
         n_row = targets.shape[1]
-        self.layers, self.n_used, self.targets = tuple(layers), tuple(n_used), targets
-        self.column = np.arange(len(layers))[:, None]
+        self.layers, self.n_used, self.targets = tuple(layers), tuple(n_used), targets.ravel()
+        number = np.arange(len(layers))[:, None]
         self.n_candidates = min(2 * max(n_used), n_row)
-        self.last = np.array(n_used) - 1
-        self.has_border = np.array(n_used) < np.minimum(n_rows, self.n_candidates)
-        self.beyond = np.where(self.has_border, self.last + 1, self.last)
+        has_border = np.array(n_used)[:, None] < np.minimum(n_rows, self.n_candidates)[:, None]
+        self.first_row, self.first_bin = number * n_row, number * _N_BINS
+        self.last = number * self.n_candidates + np.array(n_used)[:, None] - 1
+        self.beyond = np.where(has_border, self.last + 1, self.last)
+        self.below = (~has_border).astype(np.float32)
         self.missing = np.arange(n_row) >= np.array(n_rows)[:, None]
         self.is_even, self.is_stored = not self.missing.any(), bool((targets >= 0).all())
 
@@ -76,18 +80,16 @@ class ExpertPredictor:
 
         Every operation counts here: between two graphs each finds the processor's caches cold.
         """
-        column, n = later.column, len(later.layers)
         if not later.is_even:
             logits = np.where(later.missing, np.float32(-np.inf), logits)
-        rows = (-logits).argsort(axis=1)[:, : later.n_candidates]
-        values = logits[column, rows]
-        each = column[:, 0]
-        border = (values[each, later.last] + values[each, later.beyond]) / 2 - ~later.has_border
-        bins = _BORDERS.searchsorted(values - border[:, None], side="right")
-        experts = later.targets[column, rows]
-        if n > len(self._shares):
-            self._see_so_far(n)
-        probabilities = self._shares[column, bins]
+        rows = (-logits).argsort(axis=1)[:, : later.n_candidates] + later.first_row
+        values = logits.take(rows)
+        border = (values.take(later.last) + values.take(later.beyond)) / 2 - later.below
+        bins = _BORDERS.searchsorted(values - border, side="right")
+        experts = later.targets.take(rows)
+        if len(later.layers) > len(self._shares):
+            self._see_so_far(len(later.layers))
+        probabilities = self._shares.take(bins + later.first_bin)
         if not (later.is_stored and later.is_even):
             is_real = (experts >= 0) & (values > -np.inf)
             experts, probabilities = np.where(is_real, experts, -1), np.where(is_real, probabilities, 0)

@@ -3,6 +3,7 @@
 The engine and the offline replay use this same class, so that a recorded trace, replayed, evicts what the engine did.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Protocol
@@ -57,7 +58,7 @@ class SlotCache:
         n_layer = policy.shape[0]
         self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(n_layer)]
         self._n_held = [0] * n_layer
-        self._lowest_ranks = np.full(n_layer, np.inf)
+        self._lowest_ranks = [math.inf] * n_layer
         self._n_falls = list(policy.n_falls)
         self._free = list(range(n_slots - 1, -1, -1))
 
@@ -165,10 +166,10 @@ class SlotCache:
             heap.append((rank, -key[1]))
         heapify(heap)
         self._heaps[layer] = heap
-        self._lowest_ranks[layer] = heap[0][0] if heap else np.inf
+        self._lowest_ranks[layer] = heap[0][0] if heap else math.inf
 
     def _lowest(self, pinned: Collection[Key]) -> Key | None:
-        n_falls, weights, lowest_ranks = self._policy.n_falls, self._policy.layer_weights, self._lowest_ranks
+        n_falls, weights, lowest_ranks = self._policy.n_falls, self._policy.layer_weights.tolist(), self._lowest_ranks
         if n_falls != self._n_falls:
             for layer, (now, before) in enumerate(zip(n_falls, self._n_falls, strict=True)):
                 if now != before:
@@ -176,10 +177,10 @@ class SlotCache:
             self._n_falls = list(n_falls)
         set_aside: list[tuple[int, tuple[float, int]]] = []
         found = None
-        # Turned round, the first of equals is the latest layer.
-        turned = (lowest_ranks * weights)[::-1]
+        # Turned round, the first of equals is the latest layer. For so few numbers lists are faster than arrays.
+        turned = [rank * weight for rank, weight in zip(reversed(lowest_ranks), reversed(weights), strict=True)]
         while found is None:
-            layer = len(weights) - 1 - int(turned.argmin())
+            layer = len(weights) - 1 - turned.index(min(turned))
             heap = self._heaps[layer]
             if not heap:
                 break
@@ -194,7 +195,7 @@ class SlotCache:
                 set_aside.append((layer, heappop(heap)))
             else:
                 found = key
-            lowest_ranks[layer] = lowest = heap[0][0] if heap else np.inf
+            lowest_ranks[layer] = lowest = heap[0][0] if heap else math.inf
             turned[-1 - layer] = lowest * weights[layer]
         for layer, entry in set_aside:
             heappush(self._heaps[layer], entry)

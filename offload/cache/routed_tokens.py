@@ -59,9 +59,8 @@ def pairs_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Slots, experts and columns of all pairs of experts of one layer, each of which is in one of the `slots`."""
     n_pairs = [len(one.columns) for one in routed]
-    experts = np.array([one.key[1] for one in routed], np.int64)
-    return (
-        np.repeat(np.array(slots, np.int64), n_pairs),
-        np.repeat(experts, n_pairs),
-        np.concatenate([one.columns for one in routed]),
-    )
+    experts, places = np.array([one.key[1] for one in routed], np.int64), np.array(slots, np.int64)
+    columns = np.concatenate([one.columns for one in routed])
+    if len(columns) == len(routed):
+        return places, experts, columns
+    return np.repeat(places, n_pairs), np.repeat(experts, n_pairs), columns

@@ -93,24 +93,27 @@ class HostExperts:
         that a single token selected: they say which predictions were right. What is in memory comes first, all experts
         of one class in one graph. Raises EngineAbortedError and ReadFailedError.
         """
-        columns = np.flatnonzero(selected >= 0)
-        experts = selected.ravel()[columns]
+        columns = (selected >= 0).ravel().nonzero()[0]
+        experts = selected.take(columns)
         is_single, n_arrived = len(selected) == 1, 0
         if is_single:
             self.settle(index, np.append(experts, elsewhere) if elsewhere.size else experts)
             n_arrived = self._take_begun(index, experts, is_best=copies is None)
         works, is_here = self._find(index, experts, columns, copies, *selected.shape)
         missing: list[RoutedTokens] = []
-        if is_here.all():
+        n_here = int(np.count_nonzero(is_here))
+        if n_here == len(experts):
             self._host_pool.pin(_NO_KEYS)
         else:
             layer = self._layers[index]
             assert layer is not None
-            left = selected.copy()
-            left.ravel()[columns[is_here]] = -1
+            left = selected
+            if n_here:
+                left = selected.copy()
+                left.put(columns[is_here], -1)
             missing = group_by_expert(index, layer, left, copies)
         self._host_pool.counters.pending += n_arrived
-        self._host_pool.counters.hits += int(np.count_nonzero(is_here)) - n_arrived
+        self._host_pool.counters.hits += n_here - n_arrived
         if is_single:
             self._run_single(index, experts, works, missing, early_logits, is_cancelled)
         else:
@@ -129,22 +132,23 @@ class HostExperts:
         banks = self.banks[index]
         assert banks is not None
         is_here = np.zeros(len(experts), np.bool_)
-        numbers = banks.numbers[0 if copies is None else copies.ravel()[columns], experts]
-        works = []
+        is_mixed, works = len(banks.classes) > 1, []
+        if is_mixed:
+            numbers = banks.numbers[0 if copies is None else copies.ravel()[columns], experts]
         for number, (slot_class, phases) in enumerate(zip(banks.classes, banks.phases, strict=True)):
             if phases is None:
                 continue
-            slots = self._host_pool.ready(slot_class)[index, experts]
+            slots, own, places = self._host_pool.ready(slot_class)[index].take(experts), experts, columns
             found = slots >= 0
-            if len(banks.classes) > 1:
+            if is_mixed:
                 found &= numbers == number
-            if not found.all():
-                slots = slots[found]
             is_here |= found
+            if not found.all():
+                slots, own, places = slots[found], experts[found], columns[found]
             if len(slots):
                 bank = self._host_pool.bank(slot_class, phases)
                 is_token = n_rows == 1 and not banks.may_repeat and len(slots) == n_used
-                works.append(BankWork(index, slot_class, bank, slots, experts[found], columns[found], is_token))
+                works.append(BankWork(index, slot_class, bank, slots, own, places, is_token))
         return works, is_here
 
     def _abandon(self, begun: Mapping[Key, ExpertCopy]) -> None:

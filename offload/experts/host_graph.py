@@ -221,7 +221,8 @@ class ExpertGraphs:
         form = self._vectors.form(work.layer)
         prepared = self._graphs.get(_Pairs(work.slot_class, form, len(work.columns), n_tokens))
         prepared.point(work.bank, self._vectors.addresses(work.layer))
-        prepared.write(work.slots, work.columns, work.columns // self._exchange.shape.n_used, work.experts)
+        tokens = work.columns // self._exchange.shape.n_used if n_tokens > 1 else 0
+        prepared.write(work.slots, work.columns, tokens, work.experts)
         if is_cancelled is None:
             self._backend.compute(prepared.graph)
         else:
