@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from slimoe.offload.errors import SlimoeError
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.memory.cells import Cells
@@ -82,7 +83,11 @@ class MtpDrafts:
             before[row], before[row + 1 : row + run.n_tokens] = text.before[0] if is_known else 0, rows[:-1]
             text.rows = rows[-_MOST_ROWS:].copy()
             row += run.n_tokens
-        block.store(batch, before)
+        try:
+            block.store(batch, before)
+        except SlimoeError:
+            # Such as a token table that cannot be read: what answers need of it fails by itself.
+            self._texts.clear()
 
     def taken(self, job: Generator, n_drafted: int) -> int:
         """Learns what became of the tokens that the last step has read for a request, `n_drafted` of them drafts.
@@ -109,6 +114,12 @@ class MtpDrafts:
 
     def propose(self, jobs: Sequence[Generator], most: Sequence[int]) -> list[Draft]:
         """Drafts of at most so many tokens for requests that write, and what they are likely to be worth."""
+        try:
+            return self._propose(jobs, most)
+        except SlimoeError:
+            return [NO_DRAFT] * len(jobs)
+
+    def _propose(self, jobs: Sequence[Generator], most: Sequence[int]) -> list[Draft]:
         block = self._block()
         drafting = [job for job, n_most in zip(jobs, most, strict=True) if n_most > 0 and job in self._texts]
         if block is None or not drafting:

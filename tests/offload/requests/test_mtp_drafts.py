@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from slimoe.offload.cache.disk_reader import ReadFailedError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.memory.cells import Cells
@@ -31,6 +32,7 @@ class HistoryBlock:
         self.cells = np.full(N_CELLS, -1, np.int32)
         self.n_predicted = self.n_unknown = 0
         self.most_read = 0
+        self.fails_from = 1 << 30
 
     def store(self, batch: Batch, hidden: Hidden) -> None:
         row = 0
@@ -53,6 +55,8 @@ class HistoryBlock:
     def predict(self, batch: Batch, hidden: Hidden) -> tuple[Logits, Hidden]:
         assert batch.n_out == len(batch.runs)
         self.store(batch, hidden)
+        if self.n_predicted >= self.fails_from:
+            raise ReadFailedError("the disk is broken")
         self.n_predicted += len(batch.runs)
         self.most_read = max(self.most_read, batch.n_tokens)
         logits, last = np.zeros((len(batch.runs), N_VOCAB), np.float32), np.empty((len(batch.runs), 2), np.float32)
@@ -164,6 +168,14 @@ def test_a_model_that_is_opened_anew_may_be_without_the_block() -> None:
     assert run.block.n_predicted == n_predicted > 0
     run.answer()
     assert run.tokens[0] == answer_to((1, 2, 3), 120)
+
+
+def test_a_block_that_cannot_be_run_any_more_drafts_nothing() -> None:
+    run = Run("mtp")
+    run.block.fails_from = 31
+    run.answer(greedy((1, 2, 3)))
+    assert run.tokens[0] == answer_to((1, 2, 3), 120)
+    assert 0 < run.ends[0].timings.draft_n <= 31
 
 
 def test_auto_lets_the_block_draft_what_the_text_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
