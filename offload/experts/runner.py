@@ -20,7 +20,7 @@ from slimoe.offload.graph.segment import build_segment, cut_into_segments
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.model.spec import ModelSpec
 
-_MAX_STEPS, _MAX_RECURRENT_STEPS = 6, 12
+_MAX_STEPS, _MAX_RECURRENT_STEPS = 6, 8
 """So many shapes of steps are kept, more where layers are recurrent: tokens that are read again after a wrong draft are
 of any number. One costs some 60 KB a layer."""
 
