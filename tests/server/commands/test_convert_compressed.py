@@ -23,6 +23,7 @@ from slimoe.server.cli import run
 from slimoe.server.commands.convert import command as convert_command
 from slimoe.server.commands.plan import command as plan_command
 from slimoe.server.options.compress_options import CompressOptions
+from slimoe.server.options.engine_options import DEMO
 from tests.models.compress_plans import learnt
 from tests.models.tiny_checkpoint import TinyConfig, save_checkpoint
 from tests.models.tiny_gguf import FineShape, write_family
@@ -556,7 +557,7 @@ def test_what_must_be_installed(
         ["convert", "HERE", "to.gguf", "--keep-experts", "2"],
         ["convert", "HERE", "to", "--hf", "--keep-experts", "2"],
         ["calibrate", "HERE", "-o", "stats"],
-        ["report", "HERE", "m.gguf"],
+        ["report", "HERE", "DEMO"],
         ["inspect", "HERE"],
     ],
     ids=" ".join,
@@ -573,8 +574,10 @@ def test_what_is_no_checkpoint_is_told_before_what_must_be_installed(
     monkeypatch.chdir(tmp_path)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == lacks else find(name, *rest))
-    status, out, err = told([tmp_path if word == "HERE" else word for word in words], capsys)
-    assert (status, out) == (ModelFileError.exit_code, "")
+    places = {"HERE": str(tmp_path), "DEMO": str(DEMO)}
+    assert run([places.get(word, word) for word in words]) == ModelFileError.exit_code
+    out, err = capsys.readouterr()
+    assert out == ""
     assert err.splitlines()[-1].startswith(
         f"slimoe: {tmp_path}: this directory is no checkpoint: it has no config.json"
     )
