@@ -27,7 +27,7 @@ from slimoe.offload.loaded_model import LoadedModel, carried_anew
 from slimoe.offload.memory.cells import Cells, common_prefix
 from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.memory.prompt_folder import PromptFolder
-from slimoe.offload.memory.prompt_record import RecordForm
+from slimoe.offload.memory.prompt_record import LARGEST_BLOCK, RecordForm
 from slimoe.offload.model.model_file import check_numbers, has_tokenizer
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
@@ -64,7 +64,9 @@ class Engine:
     def __init__(self, config: EngineConfig, plan: EnginePlan, on_progress: Callable[[int, int], None]) -> None:
         self.config, self.plan = config, plan
         self.gguf, self.spec, self.n_ctx = plan.gguf, plan.spec, plan.n_ctx
-        self.cells = Cells(plan.n_cells, plan.n_states)
+        # Of what is kept on disk the first block has tokens that no window sees.
+        n_more = LARGEST_BLOCK - 1 if config.prompts.prompt_cache else 0
+        self.cells = Cells.of(plan.kv, plan.spec.n_window, n_more)
         self._identity = cache(lambda: model_hash(plan.gguf))
         self._own = self.cells.begin()
         self._ids = itertools.count(1)
@@ -173,7 +175,7 @@ class Engine:
     def truncate(self, n_past: int) -> None:
         """Forgets all but the first `n_past` tokens of the caller's own sequence.
 
-        With recurrent layers it may have to forget more of them: `n_past` then says what is left.
+        With recurrent layers or windows it may have to forget more of them: `n_past` then says what is left.
         """
         self.cells.truncate(self._own, n_past)
 
@@ -201,9 +203,12 @@ class Engine:
             raise UsageError(f"Token {wrong} is not one of the model's {self.spec.n_vocab}.")
         if n_past + n > self.n_ctx:
             raise ContextOverflowError(n_past + n, self.n_ctx)
+        self.cells.begin_step()
         self.cells.append(self._own, tokens)
+        windows = [self.cells.window(self._own, len(tokens))]
+        batch = make_batch([(tokens, self._own.cells)], n_out, self._own.moves, windows=windows)
         try:
-            return self._model.runner.run(make_batch([(tokens, self._own.cells)], n_out, self._own.moves), is_cancelled)
+            return self._model.runner.run(batch, is_cancelled)
         except BaseException:
             self.truncate(n_past)
             raise

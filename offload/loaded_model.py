@@ -6,8 +6,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Protocol
 
-from gguf import GGMLQuantizationType
-
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.device_experts import DeviceExperts
@@ -17,7 +15,7 @@ from slimoe.offload.graph.mtp import MtpRunner, MtpWeights
 from slimoe.offload.graph.runner import Hidden, Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import Linear, ModelWeights, WeightStore, WeightSubset, load_weights
-from slimoe.offload.memory.kv_cache import KVCache, kv_type
+from slimoe.offload.memory.kv_cache import KVCache, KVSize
 from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.model.mtp_block import MtpBlock
 from slimoe.offload.model.regrouped import join_layers
@@ -103,9 +101,7 @@ class LoadedModel:
                 self.runner = self.tiers.runner
                 single = self.tiers.runner.parts[0].weights
             if plan.mtp is not None:
-                self.mtp = open_mtp(
-                    plan, plan.mtp, self.backend, single, kv_type(config.context.kv_type), opened, counter
-                )
+                self.mtp = open_mtp(plan, plan.mtp, self.backend, single, opened, counter)
             self._opened = opened.pop_all()
 
     def memory(self) -> dict[str, int]:
@@ -164,17 +160,17 @@ def open_mtp(
     block: MtpBlock,
     backend: CpuBackend,
     model: ModelWeights,
-    kind: GGMLQuantizationType,
     opened: ExitStack,
     count: Callable[[int], None],
 ) -> MtpRunner:
-    """Loads a block that predicts tokens, whole, with keys and values of `kind`; `opened` closes all of it.
+    """Loads a block that predicts tokens, whole; `opened` closes all of it.
 
     What it has no output of its own for is the model's. Raises DoesNotFitError.
     """
     rows = TokenRows(plan.gguf, block.sources.token_embd, backend, plan.n_batch)
     opened.callback(rows.close)
-    cache = opened.enter_context(closing(KVCache(block.spec, plan.n_cells, kind, backend, {block.index})))
+    size = KVSize(plan.kv.kind, plan.kv.n_cells)
+    cache = opened.enter_context(closing(KVCache(block.spec, size, backend, {block.index})))
     store = opened.enter_context(closing(WeightStore(plan.gguf, block.sources, count, backend)))
     sources = join_layers(block.sources)
     weights = load_weights(store, sources, lambda _: "copied", rows.tensor, WeightSubset((block.index,), output=False))
@@ -215,7 +211,7 @@ class FormedWeights:
 def carried_anew(config: EngineConfig, plan: EnginePlan) -> Carried:
     """What a model that was not open before begins with: empty caches, and no expert used yet."""
     uses = ExpertUses([0 if layer is None else len(layer.target) for layer in plan.layers])
-    return Carried(KVStore(plan.spec, plan.n_cells, kv_type(config.context.kv_type), plan.n_states), uses)
+    return Carried(KVStore(plan.spec, plan.kv), uses)
 
 
 class _Counter:

@@ -207,7 +207,7 @@ class _Opening:
             by_device = zip(plan.devices, backends, strict=True)
             places = {device.device.name: KVPlace(backend, device.layers) for device, backend in by_device}
         self._carried.kv.arrange(places)
-        host = self._exchange(self._cpu, 1 if plan.devices else plan.n_cells, prefetch_depth)
+        host = self._exchange(self._cpu, prefetch_depth, has_layers=not plan.devices)
         by_device = zip(plan.devices, backends, strict=True)
         parts = [self._device_part(device, backend, prefetch_depth) for device, backend in by_device]
         parts = [self._table_part(host), *parts] if parts else [self._host_part(host)]
@@ -247,13 +247,13 @@ class _Opening:
         by_plan = zip(plan.devices, [part.experts for part in parts[1:]], strict=True)
         return Tiers(runner, plan, host_pool, reader, tuple(by_plan) if plan.devices else (), lossy, taken)
 
-    def _exchange(self, backend: Backend, n_cells: int, prefetch_depth: int) -> Exchange:
+    def _exchange(self, backend: Backend, prefetch_depth: int, *, has_layers: bool = True) -> Exchange:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
-        has_windows = any(spec.windowed)
+        n_cells, n_masked = (plan.kv.n_cells, plan.kv.n_masked(spec)) if has_layers else (1, 1)
         sizes = spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth
         n_state_rows = plan.n_parallel * spec.recurrent.n_parts if spec.recurrent else 0
-        shape = ExchangeShape(*sizes, has_windows, spec.n_expert_aux, n_state_rows)
+        shape = ExchangeShape(*sizes, n_masked - n_cells, spec.n_expert_aux, n_state_rows)
         return self._opened.enter_context(closing(Exchange(backend, shape)))
 
     # --- parts ----------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class _Opening:
         store = self._store(backend)
         weights = load_weights(store, join_layers(sources), lambda _: "copied", 0, subset)
         store.release_staging()
-        exchange = self._exchange(backend, plan.n_cells, prefetch_depth)
+        exchange = self._exchange(backend, prefetch_depth)
         cache = self._carried.kv.caches[device.device.name]
         if device.is_whole:
             return DevicePart(backend, exchange, device.layers, cache, weights)
@@ -392,7 +392,7 @@ class _Opening:
         has_more = spec.architecture.is_down_wide or any(one.expert_biases or one.expert_scales for one in sources)
         if plan.devices or plan.lossy or self._config.trace or has_more or not host_pool.has_all or plan.tiers is None:
             return None
-        needed = single_token_bytes(spec, plan.layers) + compute_bytes(spec, plan.n_cells, 1)
+        needed = single_token_bytes(spec, plan.layers) + compute_bytes(spec, plan.kv.n_masked(spec), 1)
         if taken + host_pool.n_bytes + needed > plan.tiers.budget:
             return None
         constants = read_constant_experts(plan.gguf, plan.layers)

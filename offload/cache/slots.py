@@ -168,11 +168,13 @@ def widest(layers: Iterable[ExpertLayer | None]) -> int:
     return max(widths, default=0)
 
 
-def tiered_compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int, n_ff: int) -> int:
-    """An upper estimate of the buffers that a cut step uses: exchange, segments, and one expert's batch."""
+def tiered_compute_bytes(spec: ModelSpec, n_masked: int, n_batch: int, n_ff: int) -> int:
+    """An upper estimate of the buffers that a cut step uses: exchange, segments, and one expert's batch.
+
+    `n_masked` are the cells of a token's row in all masks.
+    """
     n_used, d = max(1, spec.n_expert_used), spec.n_embd
-    n_masks = 2 if any(spec.windowed) else 1
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masks * n_cells + 8 * max(1, spec.n_expert) + 32)
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masked + 8 * max(1, spec.n_expert) + 40)
     n_attention = max(of.n_at_once for of in spec.attentions)
     segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + spec.n_vocab)
     expert = 4 * max(n_batch, n_used) * (3 * n_ff + 3 * d)

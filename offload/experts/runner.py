@@ -25,8 +25,9 @@ _MAX_STEPS, _MAX_RECURRENT_STEPS = 6, 8
 of any number. One costs some 60 KB a layer."""
 
 
-_Key = tuple[int, int, int, int, int]
-"""Number of a segment, and its step's tokens, cells, rows of logits and runs; hashed many times per token."""
+_Key = tuple[int, int, int, int, int, int]
+"""Number of a segment, and its step's tokens, cells, those in layers with a window, rows of logits and runs; hashed
+many times per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,15 @@ class TieredRunner:
         n_graphs = (_MAX_RECURRENT_STEPS if spec.recurrent else _MAX_STEPS) * len(self._segments)
         backends = [part.backend for part in parts]
         self._graphs = [GraphPool(one.buft, self._build, n_graphs, one.check) for one in backends]
-        self._n_cells = max(part.cache.n_cells for part in parts if part.cache is not None)
+        size = next(part.cache.size for part in parts if part.cache is not None)
+        self._n_cells = size.n_cells
         try:
             for index, segment in enumerate(self._segments):
                 n_most = 1 if backends[segment.part].is_host else n_out
                 n_runs = 1 if spec.recurrent else 0
-                for shape in ((n_batch, self._n_cells, n_most), (1, self._n_cells, 1)):
-                    self._graphs[segment.part].reserve((index, *shape, n_runs))
+                for n_tokens, n_rows in ((n_batch, n_most), (1, 1)):
+                    n_kv = size.n_cells, size.n_window_cells or size.n_cells
+                    self._graphs[segment.part].reserve((index, n_tokens, *n_kv, n_rows, n_runs))
         except (DeviceError, DoesNotFitError):
             self.close()
             raise
@@ -106,7 +109,8 @@ class TieredRunner:
         if batch.n_tokens == 1 and self._single is not None and self._single.is_ready():
             logits, self.hidden = self._single.run(batch, is_cancelled), self._single.hidden
             return logits
-        shape, begin = (batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states)), time.perf_counter()
+        shape = batch.n_tokens, batch.n_kv, batch.n_window_kv, batch.n_out, len(batch.states)
+        begin = time.perf_counter()
         self._write_inputs(batch)
         if self._moe_step is not None:
             self._moe_step.begin(batch)
@@ -158,8 +162,10 @@ class TieredRunner:
                 before, after = batch.state_rows(recurrent.n_parts)
                 exchange.write("states_from", before)
                 exchange.write("states_to", after)
-            for name in ("mask", "window_mask") if any(self.spec.windowed) else ("mask",):
-                shape = batch.n_tokens, batch.n_kv
+            if has_windows := any(self.spec.windowed):
+                exchange.write("window_cells", batch.window_cells)
+            for name in ("mask", "window_mask") if has_windows else ("mask",):
+                shape = batch.n_tokens, batch.n_kv if name == "mask" else batch.n_window_kv
                 mask = exchange.read(name, *shape) if exchange.is_host else np.empty(shape, np.float16)
                 if name == "mask":
                     fill_mask(mask, batch)

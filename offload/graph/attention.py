@@ -14,7 +14,8 @@ from slimoe.offload.model.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What makes one graph differ from another: tokens read, cache cells looked at, rows of logits wanted.
+    """What makes one graph differ from another: tokens read, cache cells looked at, in layers with a window and
+    in others, rows of logits wanted.
 
     Where layers are recurrent, the tokens are of `n_runs` sequences, the same number of each; else it is 0. With
     `has_hidden` the last hidden states of all tokens are wanted, not only of those whose logits are.
@@ -22,6 +23,7 @@ class StepShape:
 
     n_tokens: int
     n_kv: int
+    n_window_kv: int
     n_out: int
     n_runs: int = 0
     has_hidden: bool = False
@@ -29,7 +31,7 @@ class StepShape:
     @classmethod
     def of(cls, batch: Batch) -> "StepShape":
         """The shape of a batch's graph."""
-        return cls(batch.n_tokens, batch.n_kv, batch.n_out, len(batch.states))
+        return cls(batch.n_tokens, batch.n_kv, batch.n_window_kv, batch.n_out, len(batch.states))
 
     @property
     def n_last(self) -> int:
@@ -46,16 +48,17 @@ class StepShape:
 class StepInputs:
     """Tensor addresses to fill before a run.
 
-    tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes),
-    mask F16 [n_kv, n_tokens] (0 or -inf), another one for layers with a sliding window, temperatures F32 [n_tokens],
-    by which queries are multiplied, `states_from` I32 and `states_to` I64 [n_runs * n_parts], the rows of what
-    recurrent layers keep of each sequence, before and after the step; 0 for what no layer has.
+    tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes), mask
+    F16 [n_kv, n_tokens] (0 or -inf), other cells and another mask [n_window_kv, n_tokens] for layers with a window,
+    temperatures F32 [n_tokens], by which queries are multiplied, `states_from` I32 and `states_to` I64 [n_runs *
+    n_parts], the rows of what recurrent layers keep of each sequence, before and after; 0 for what no layer has.
     """
 
     tokens: int
     positions: int
     cells: int
     mask: int
+    window_cells: int = 0
     window_mask: int = 0
     temperatures: int = 0
     states_from: int = 0
@@ -108,14 +111,14 @@ class AttentionBuilder:
         has_window, own = self.spec.window(index) > 0, self.spec.attention_of(index)
         of_keys, of_values = self._pieces(index)
         query = self._transformed(query, of_keys)
-        keys = self._cached(self.cache.keys[index], own.key_length)
+        keys = self._cached(index, self.cache.keys[index], own.key_length)
         # Without values of their own, those of MLA are the beginning of the keys.
         held = self.cache.values.get(index, self.cache.keys[index])
         attended = ggml.ggml_flash_attn_ext(
             self.ctx,
             ggml.ggml_permute(self.ctx, query, 0, 2, 1, 3),
             keys,
-            self._cached(held, own.value_length),
+            self._cached(index, held, own.value_length),
             last_rows(self.ctx, self.inputs.window_mask if has_window else self.inputs.mask, n_queries),
             scale,
             0.0,
@@ -223,14 +226,17 @@ class AttentionBuilder:
 
     def _store(self, index: int, keys: int, values: int = 0) -> None:
         """Writes this step's keys and values, if there are any, into their cells; attention must come after it."""
-        lengths = self._pieces(index)
+        lengths, cells = self._pieces(index), self.inputs.cells
+        if self.spec.window(index):
+            cells = self.inputs.window_cells
         for held, heads, length in zip((self.cache.keys, self.cache.values), (keys, values), lengths, strict=True):
             if heads:
                 by_head = ggml.ggml_permute(self.ctx, self._transformed(heads, length), 0, 2, 1, 3)
-                stored = ggml.ggml_set_rows(self.ctx, held[index], by_head, self.inputs.cells)
+                stored = ggml.ggml_set_rows(self.ctx, held[index], by_head, cells)
                 ggml.ggml_build_forward_expand(self.graph, stored)
 
-    def _cached(self, cache: int, length: int) -> int:
-        """The first n_kv cells of a layer's keys or values, and of these as many values: [length, n_kv, n_head_kv]."""
-        shape, strides, n_head_kv = self.shape, ggml.tensor_at(cache).nb, ggml.tensor_at(cache).ne[2]
-        return int(ggml.ggml_view_3d(self.ctx, cache, length, shape.n_kv, n_head_kv, strides[1], strides[2], 0))
+    def _cached(self, index: int, cache: int, length: int) -> int:
+        """The cells of layer `index` that are looked at, and of each as many values: [length, n_kv, n_head_kv]."""
+        n_kv = self.shape.n_window_kv if self.spec.window(index) else self.shape.n_kv
+        strides, n_head_kv = ggml.tensor_at(cache).nb, ggml.tensor_at(cache).ne[2]
+        return int(ggml.ggml_view_3d(self.ctx, cache, length, n_kv, n_head_kv, strides[1], strides[2], 0))

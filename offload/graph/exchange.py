@@ -38,7 +38,8 @@ class ExchangeShape:
     n_expert: int
     n_used: int
     prefetch_depth: int
-    has_windows: bool = False
+    n_window_cells: int = 0
+    """Cells of layers with a window, 0 where no layer has one."""
     n_aux: int = 0
     """Experts of a token that are selected only, for which vectors stand."""
     n_state_rows: int = 0
@@ -52,8 +53,8 @@ _OF_TOKEN = ("normed", "expert_weights", "ranked", "early_logits")
 class Exchange:
     """The tensors, by purpose; all are one-dimensional, and used through views of the step's shape.
 
-    tokens, positions I32, cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens] (and window_mask,
-    of one element where no layer has a window): what a step reads.
+    tokens, positions I32, cells and window_cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens]
+    and window_mask [n_window_cells * n_tokens], of one element where no layer has a window: what a step reads.
     residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
     expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first, and
     aux_weights F32 [n_aux * n_tokens], the weights of those for which vectors stand.
@@ -71,9 +72,10 @@ class Exchange:
             "tokens": (Type.I32, n_tokens),
             "positions": (Type.I32, n_tokens),
             "cells": (Type.I64, n_tokens),
+            "window_cells": (Type.I64, n_tokens),
             "temperatures": (Type.F32, n_tokens),
             "mask": (Type.F16, shape.n_cells * n_tokens),
-            "window_mask": (Type.F16, shape.n_cells * n_tokens if shape.has_windows else 1),
+            "window_mask": (Type.F16, max(1, shape.n_window_cells * n_tokens)),
             "residual": (Type.F32, n_embd * n_tokens),
             "normed": (Type.F32, n_embd * n_tokens),
             "expert_weights": (Type.F32, shape.n_used * n_tokens),

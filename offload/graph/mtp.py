@@ -78,8 +78,8 @@ class MtpRunner:
     ) -> None:
         self.spec, self._backend, self._cache, self._weights, self._rows = spec, backend, cache, weights, rows
         self._graphs = GraphPool(backend.buft, self._build, _MAX_GRAPHS)
-        self._graphs.reserve(_Key(n_batch, cache.n_cells, 0, predicts=False))
-        self._graphs.reserve(_Key(max(n_parallel, _LEAST_PREDICTED), cache.n_cells, n_parallel, predicts=True))
+        self._graphs.reserve(_Key(n_batch, cache.size.n_cells, 0, predicts=False))
+        self._graphs.reserve(_Key(max(n_parallel, _LEAST_PREDICTED), cache.size.n_cells, n_parallel, predicts=True))
 
     @property
     def compute_bytes(self) -> int:
@@ -120,7 +120,7 @@ class MtpRunner:
         mask = int(ggml.ggml_new_tensor_2d(ctx, Type.F16, key.n_kv, n_tokens)) if key.predicts else 0
         for tensor in (tokens, positions, cells, before, *((mask,) if mask else ())):
             ggml.ggml_set_input(tensor)
-        inputs, shape = StepInputs(tokens, positions, cells, mask), StepShape(n_tokens, key.n_kv, key.n_out)
+        inputs, shape = StepInputs(tokens, positions, cells, mask), StepShape(n_tokens, key.n_kv, key.n_kv, key.n_out)
         blocks = BlockBuilder(ctx, graph, spec, weights.model, self._cache, shape, inputs)
         token = add_rms_norm(ctx, blocks.add_embeddings(), weights.token_norm, spec.rms_eps)
         past = add_rms_norm(ctx, before, weights.hidden_norm, spec.rms_eps)

@@ -33,8 +33,9 @@ class _Prepared:
     graph: int
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
-    cells: NDArray[np.int64]
+    cells: NDArray[np.int64] | None
     mask: NDArray[np.float16] | None
+    window_cells: NDArray[np.int64] | None
     window_mask: NDArray[np.float16] | None
     temperatures: NDArray[np.float32]
     states: tuple[NDArray[np.int32], NDArray[np.int64]] | None
@@ -78,8 +79,9 @@ class Runner:
         self._weights, self._rows, self._uses = weights, rows, uses
         self._graphs = GraphPool(backend.buft, self._build, n_graphs)
         n_runs = 1 if spec.recurrent else 0
-        self._graphs.reserve(StepShape(n_batch, cache.n_cells, 1, n_runs, has_hidden))
-        self._graphs.reserve(StepShape(1, cache.n_cells, 1, n_runs, has_hidden))
+        n_kv = cache.size.n_cells, cache.size.n_window_cells or cache.size.n_cells
+        self._graphs.reserve(StepShape(n_batch, *n_kv, 1, n_runs, has_hidden))
+        self._graphs.reserve(StepShape(1, *n_kv, 1, n_runs, has_hidden))
 
     @property
     def compute_bytes(self) -> int:
@@ -91,7 +93,7 @@ class Runner:
 
         The array is the engine's own memory and is overwritten by the next step. Raises EngineAbortedError.
         """
-        assert batch.n_kv <= self.cache.n_cells
+        assert batch.n_kv <= self.cache.size.n_cells
         prepared = self._graphs.get(replace(StepShape.of(batch), has_hidden=self._has_hidden))
         if self._rows is None:
             prepared.tokens[:] = batch.tokens
@@ -99,15 +101,18 @@ class Runner:
             self._rows.load(batch.tokens)
             prepared.tokens[:] = np.arange(batch.n_tokens)
         prepared.positions[:] = batch.positions
-        prepared.cells[:] = batch.cells
         if temperature := self.spec.attention.temperature:
             prepared.temperatures[:] = temperature.factors(batch.positions)
         if recurrent := self.spec.recurrent:
             assert prepared.states is not None
             prepared.states[0][:], prepared.states[1][:] = batch.state_rows(recurrent.n_parts)
         if prepared.mask is not None:
+            assert prepared.cells is not None
+            prepared.cells[:] = batch.cells
             fill_mask(prepared.mask, batch)
         if prepared.window_mask is not None:
+            assert prepared.window_cells is not None
+            prepared.window_cells[:] = batch.window_cells
             fill_window_mask(prepared.window_mask, batch, self.spec.n_window)
         if is_cancelled is None:
             self.backend.compute(prepared.graph)
@@ -124,16 +129,18 @@ class Runner:
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)
             inputs, n_tokens, n_used = step.inputs, shape.n_tokens, self.spec.n_expert_used
-            mask = np.float16, n_tokens, shape.n_kv
             n_states = shape.n_runs * self.spec.recurrent.n_parts if self.spec.recurrent else 0
             ranked = ((layer, _array(one, np.int32, *ggml.tensor_at(one).ne[1::-1])) for layer, one in step.ranked)
             return _Prepared(
                 step.graph,
                 tokens=_array(inputs.tokens, np.int32, n_tokens),
                 positions=_array(inputs.positions, np.int32, n_tokens),
-                cells=_array(inputs.cells, np.int64, n_tokens),
-                mask=_array(inputs.mask, *mask) if inputs.mask else None,
-                window_mask=_array(inputs.window_mask, *mask) if inputs.window_mask else None,
+                cells=_array(inputs.cells, np.int64, n_tokens) if inputs.cells else None,
+                mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv) if inputs.mask else None,
+                window_cells=_array(inputs.window_cells, np.int64, n_tokens) if inputs.window_cells else None,
+                window_mask=_array(inputs.window_mask, np.float16, n_tokens, shape.n_window_kv)
+                if inputs.window_mask
+                else None,
                 temperatures=_array(inputs.temperatures, np.float32, n_tokens) if inputs.temperatures else _NONE,
                 states=(
                     _array(inputs.states_from, np.int32, n_states),

@@ -79,13 +79,13 @@ def build_segment(
 ) -> SegmentGraph:
     """Builds the graph of one segment, whose inputs and outputs lie in the exchange of its device part."""
     ctx, graph = new_graph(spec, 1 + segment.last - segment.first)
-    vectors = (exchange.tensor(name) for name in ("tokens", "positions", "cells", "temperatures"))
-    tokens, positions, cells, temperatures = (
+    vectors = (exchange.tensor(name) for name in ("tokens", "positions", "cells", "temperatures", "window_cells"))
+    tokens, positions, cells, temperatures, window_cells = (
         int(ggml.ggml_view_1d(ctx, vector, shape.n_tokens, 0)) for vector in vectors
     )
     mask = 0 if cache is None else exchange.view(ctx, "mask", (shape.n_kv, shape.n_tokens))
     has_windows = cache is not None and any(spec.windowed)
-    window_mask = exchange.view(ctx, "window_mask", (shape.n_kv, shape.n_tokens)) if has_windows else 0
+    window_mask = exchange.view(ctx, "window_mask", (shape.n_window_kv, shape.n_tokens)) if has_windows else 0
     temperatures = temperatures if spec.attention.temperature else 0
     states = (0, 0)
     if spec.recurrent:
@@ -93,7 +93,7 @@ def build_segment(
         vectors = (exchange.tensor(name) for name in ("states_from", "states_to"))
         before, after = (int(ggml.ggml_view_1d(ctx, vector, n_rows, 0)) for vector in vectors)
         states = before, after
-    inputs = StepInputs(tokens, positions, cells, mask, window_mask, temperatures, *states)
+    inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):

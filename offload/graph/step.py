@@ -62,21 +62,22 @@ def build_step(
     has_window = {spec.window(layer) > 0 for layer in spec.attention_layers}
     n_states = shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
     masks = [
-        int(ggml.ggml_new_tensor_2d(ctx, Type.F16, shape.n_kv, shape.n_tokens)) if is_used else 0
-        for is_used in (False in has_window, True in has_window)
+        int(ggml.ggml_new_tensor_2d(ctx, Type.F16, n_kv, shape.n_tokens)) if is_used in has_window else 0
+        for is_used, n_kv in ((False, shape.n_kv), (True, shape.n_window_kv))
     ]
     inputs = StepInputs(
         tokens=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
         positions=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
-        cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)),
+        cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)) if masks[0] else 0,
         mask=masks[0],
+        window_cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)) if masks[1] else 0,
         window_mask=masks[1],
         temperatures=int(ggml.ggml_new_tensor_1d(ctx, Type.F32, shape.n_tokens)) if spec.attention.temperature else 0,
         states_from=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, n_states)) if n_states else 0,
         states_to=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, n_states)) if n_states else 0,
     )
     vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures, inputs.states_from, inputs.states_to
-    for tensor in (*vectors, inputs.mask, inputs.window_mask):
+    for tensor in (*vectors, inputs.window_cells, inputs.mask, inputs.window_mask):
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None

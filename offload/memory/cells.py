@@ -1,82 +1,25 @@
 """Which cell of the KV cache holds which token, and which state what recurrent layers keep of a sequence.
 
 Sequences share what they have in common. A state cannot be cut as a row of cells can: it is of all tokens up to a
-place, and a sequence goes on only from a place of which it has one.
+place, and a sequence goes on only from a place of which it has one. So it is with windows: from a place a sequence goes
+on only if the tokens before it that layers with a window see are still held there.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-Tokens = NDArray[np.int32]
-Indices = NDArray[np.int64]
+from slimoe.offload.memory.kv_cache import KVSize
+from slimoe.offload.memory.sequence import NO_CELL
+from slimoe.offload.memory.sequence import NO_TOKENS as NO_TOKENS
+from slimoe.offload.memory.sequence import Indices as Indices
+from slimoe.offload.memory.sequence import Sequence as Sequence
+from slimoe.offload.memory.sequence import Tokens as Tokens
+from slimoe.offload.memory.sequence import common_prefix as common_prefix
+from slimoe.offload.memory.window_cells import WindowCells
 
-NO_TOKENS = 0
-"""The state of a sequence without tokens."""
-_GROWTH = 256
 _MAX_REMEMBERED = 256
 """Each one is compared with every new prompt."""
-
-
-class Sequence:
-    """Tokens in order, the cell of each one, and the states after some of them. Only `Cells` changes it."""
-
-    __slots__ = ("_cells", "_kept", "_n", "_states", "_tokens")
-
-    def __init__(self) -> None:
-        self._n = 0
-        self._states: dict[int, int] = {}
-        self._kept: set[int] = set()
-        self._tokens = np.empty(0, np.int32)
-        self._cells = np.empty(0, np.int64)
-
-    def __len__(self) -> int:
-        return self._n
-
-    @property
-    def tokens(self) -> Tokens:
-        """I32 [n]; a view that is valid until the sequence changes."""
-        return self._tokens[: self._n]
-
-    @property
-    def cells(self) -> Indices:
-        """I64 [n], all different; a view that is valid until the sequence changes."""
-        return self._cells[: self._n]
-
-    @property
-    def moves(self) -> tuple[tuple[int, int], ...]:
-        """The state before the tokens that were appended last, and the one after; none without recurrent layers."""
-        if not self._states:
-            return ()
-        *before, after = sorted(self._states)
-        return ((self._states[before[-1]] if before else NO_TOKENS, self._states[after]),)
-
-    @property
-    def places(self) -> list[int]:
-        """After how many tokens there is a state that others may go on from, with the last one."""
-        return sorted(place for place in self._states if place in self._kept or place == self._n)
-
-    def has_state(self, place: int) -> bool:
-        """Whether there is a state after the first `place` tokens."""
-        return place in self._states
-
-    def state_at(self, place: int) -> int:
-        """The state after the first `place` tokens, which there must be."""
-        return self._states[place]
-
-    def _append(self, tokens: Tokens, cells: Indices) -> None:
-        end = self._n + len(tokens)
-        if end > len(self._tokens):
-            capacity = max(end, 2 * self._n, _GROWTH)
-            self._tokens = np.concatenate([self.tokens, np.empty(capacity - self._n, np.int32)])
-            self._cells = np.concatenate([self.cells, np.empty(capacity - self._n, np.int64)])
-        self._tokens[self._n : end] = tokens
-        self._cells[self._n : end] = cells
-        self._n = end
-
-    def _cut(self, n_kept: int) -> None:
-        self._n = min(self._n, n_kept)
 
 
 class Cells:
@@ -89,9 +32,14 @@ class Cells:
     A model with recurrent layers has `n_states` states, 0 is for others; the first is that of no tokens. A sequence in
     use needs two, so that a step that fails loses nothing. Those that it is told to keep are given up when there are no
     others, those first whose loss costs least.
+
+    Where layers with a window have cells of their own, as many as `windows` lends, so is what they hold before the
+    places that it is told to keep. `begin_step` must be called before the tokens of a step are appended.
     """
 
-    def __init__(self, n_cells: int, n_states: int = 0) -> None:
+    def __init__(self, n_cells: int, n_states: int = 0, windows: WindowCells | None = None) -> None:
+        assert not (n_states and windows), "recurrent layers beside windows"
+        self._windows = windows
         self.n_cells, self._n_states = n_cells, n_states
         self._n_state_users = [0] * n_states
         self.n_users = np.zeros(n_cells, np.int32)
@@ -101,10 +49,40 @@ class Cells:
         self.before_loss: Callable[[Sequence], None] = lambda sequence: None
         """Called before a sequence loses cells or states to others."""
 
+    @classmethod
+    def of(cls, size: KVSize, n_window: int, n_more: int = 0) -> "Cells":
+        """The cells of a cache of a size; `n_window` and `n_more` are as for `WindowCells`, where it has some."""
+        windows = WindowCells(n_window, size.n_window_cells, n_more) if size.n_window_cells else None
+        return cls(size.n_cells, size.n_states, windows)
+
     @property
     def has_states(self) -> bool:
         """Whether the model has recurrent layers."""
         return self._n_states > 0
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether layers with a window have cells of their own."""
+        return self._windows is not None
+
+    @property
+    def has_places(self) -> bool:
+        """Whether sequences go on only from places that were kept, or that are not long passed."""
+        return self.has_states or self.has_windows
+
+    @property
+    def n_before(self) -> int:
+        """How many tokens before a place layers with a window must hold for it, if they have cells of their own."""
+        return 0 if self._windows is None else self._windows.n_before
+
+    def window(self, sequence: Sequence, n_tokens: int) -> Indices | None:
+        """The cells of all that its last `n_tokens` see in layers with a window; None if these have none of their own.
+
+        I64, in the order of positions; a view that is valid until the sequence changes.
+        """
+        if self._windows is None:
+            return None
+        return sequence.window_cells[max(0, len(sequence) - n_tokens - self._windows.n_before) :]
 
     @property
     def n_unused(self) -> int:
@@ -128,10 +106,16 @@ class Cells:
         self._live[sequence] = None
         return sequence
 
-    def append(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+    def begin_step(self) -> None:
+        """Notes that all that was appended is computed, or cut off again."""
+        if self._windows is not None:
+            self._windows.settle()
+
+    def append(self, sequence: Sequence, tokens: Iterable[int], *, is_loaded: bool = False) -> None:
         """Gives new tokens cells of their own; remembered sequences lose theirs for it, the oldest and its end first.
 
-        There must be enough unused cells.
+        There must be enough unused cells. Of tokens that are loaded, not computed, layers with a window get cells for
+        those only that the next token sees.
         """
         assert sequence in self._live
         added = np.asarray(tokens, np.int32)
@@ -148,18 +132,29 @@ class Cells:
             self._drop_passed(sequence)
             state = self._free_state()
         self.n_users[cells] = 1
-        sequence._append(added, cells)
+        if self._windows is None:
+            sequence._append(added, cells)
+        else:
+            self._windows.grows(sequence)
+            n_windowed = min(len(added), self._windows.n_before) if is_loaded else len(added)
+            lost = np.full(len(added) - n_windowed, NO_CELL)
+            sequence._append(added, cells, np.concatenate([lost, self._take_windows(self._windows, n_windowed)]))
         if self._n_states:
             sequence._states[len(sequence)] = state
             self._n_state_users[state] = 1
 
     def keep(self, sequence: Sequence) -> None:
-        """Keeps the state after the last token, where there are states: others may go on from there too."""
-        if sequence._states:
+        """Keeps the state after the last token, or the window before it: others may go on from there too."""
+        if sequence._states or self._windows is not None:
             sequence._kept.add(len(sequence))
 
+    def keep_window(self, sequence: Sequence, place: int) -> None:
+        """Keeps the window before a place within a sequence, if layers with a window still hold all of it."""
+        if self._windows is not None and 0 < place <= len(sequence) and self._usable(sequence, place) == place:
+            sequence._kept.add(place)
+
     def truncate(self, sequence: Sequence, n_kept: int) -> None:
-        """Forgets all but the first `n_kept` tokens, or with states a few more; what others share stays theirs."""
+        """Forgets all but the first `n_kept` tokens, with states or windows fewer; what others share stays theirs."""
         assert sequence in self._live
         self._cut(sequence, n_kept)
 
@@ -180,13 +175,18 @@ class Cells:
         self.n_users[cells] += 1
         self._cut(sequence, 0)
         sequence._append(wanted[:n_known], cells)
-        self._share_states(known, sequence)
+        self._share(known, sequence)
 
-    def holder(self, tokens: Tokens, *, has_state: bool) -> Sequence | None:
-        """A sequence, in use or remembered, that begins with these tokens, and with `has_state` has the state after."""
+    def holder(self, tokens: Tokens, *, has_state: bool = False, n_windowed: int = 0) -> Sequence | None:
+        """A sequence, in use or remembered, that begins with these tokens.
+
+        With `has_state` it has the state after them, and the last `n_windowed` of them in layers with a window.
+        """
+        begin, end = len(tokens) - n_windowed, len(tokens)
         for sequence in (*self._live, *self._remembered):
-            is_known = common_prefix(sequence.tokens, tokens) == len(tokens)
-            if is_known and (not has_state or sequence.has_state(len(tokens))):
+            if common_prefix(sequence.tokens, tokens) != len(tokens):
+                continue
+            if (not has_state or sequence.has_state(end)) and (not n_windowed or sequence.has_windows(begin, end)):
                 return sequence
         return None
 
@@ -204,12 +204,12 @@ class Cells:
         for other in list(self._remembered):
             n_common = common_prefix(sequence.tokens, other.tokens)
             if n_common == len(sequence):
-                self._share_states(sequence, other)
+                self._share(sequence, other)
                 self._touch(other)
                 self._cut(sequence, 0)
                 return
             if n_common == len(other):
-                self._share_states(other, sequence)
+                self._share(other, sequence)
                 self._forget(other)
         self._remembered[sequence] = None
         if len(self._remembered) > _MAX_REMEMBERED:
@@ -234,24 +234,32 @@ class Cells:
     def _cut(self, sequence: Sequence, n_kept: int) -> None:
         """Shortens a sequence, which no longer uses the cells behind its first `n_kept` tokens.
 
-        With states it also loses the tokens behind the last state that it still has.
+        With states it also loses the tokens behind the last state that it still has, and so with windows.
         """
         n_kept = self._usable(sequence, min(n_kept, len(sequence)))
         self.n_users[sequence.cells[n_kept:]] -= 1
+        if self._windows is not None:
+            self._windows.drop(sequence, n_kept)
+            sequence._kept = {place for place in sequence._kept if place <= n_kept}
         sequence._cut(n_kept)
         for place in [place for place in sequence._states if place > n_kept]:
             self._drop_state(sequence, place)
 
-    # --- states --------------------------------------------------------------------------------------------
+    # --- states and windows --------------------------------------------------------------------------------
 
     def _usable(self, sequence: Sequence, n_tokens: int) -> int:
-        """From which place at or before `n_tokens` a sequence can be gone on from."""
+        """The last place at or before `n_tokens` from which others can go on."""
+        if self._windows is not None:
+            return self._windows.usable(sequence, n_tokens)
         if not self._n_states:
             return n_tokens
         return max((place for place in sequence._states if place <= n_tokens), default=0)
 
-    def _share_states(self, known: Sequence, sequence: Sequence) -> None:
-        """Gives a sequence the states of another one, as far as their tokens are the same."""
+    def _share(self, known: Sequence, sequence: Sequence) -> None:
+        """Gives a sequence the states and windows of another one; the shorter one's tokens are the other's first."""
+        if self._windows is not None:
+            self._windows.share(known, sequence)
+            sequence._kept |= {place for place in known._kept if place <= len(sequence)}
         for place, state in known._states.items():
             if place <= len(sequence) and place not in sequence._states:
                 sequence._states[place] = state
@@ -267,6 +275,21 @@ class Cells:
     def _drop_state(self, sequence: Sequence, place: int) -> None:
         self._n_state_users[sequence._states.pop(place)] -= 1
         sequence._kept.discard(place)
+
+    def _take_windows(self, windows: WindowCells, n: int) -> Indices:
+        """Cells of layers with a window, for which sequences lose what is passed, then places, the oldest first."""
+        if windows.n_free < n:
+            for sequence in (*self._remembered, *self._live):
+                windows.drop_passed(sequence, sequence._kept, is_live=sequence in self._live)
+        for sequence in (*self._remembered, *self._live):
+            order = _by_loss(sorted(sequence._kept), len(sequence)) if windows.n_free < n else []
+            while order and windows.n_free < n:
+                self.before_loss(sequence)
+                sequence._kept.discard(order.pop(0))
+                windows.drop_passed(sequence, sequence._kept, is_live=sequence in self._live)
+                if not sequence._kept and sequence in self._remembered:
+                    self._forget(sequence)
+        return windows.take(n)
 
     def _free_state(self) -> int:
         """The number of a state that nobody uses, for which sequences lose kept ones, the oldest first."""
@@ -304,10 +327,3 @@ def _by_loss(places: list[int], end: int) -> list[int]:
         ]
         order.append(left.pop(int(np.argmin(losses))))
     return order
-
-
-def common_prefix(ours: Tokens, theirs: Tokens) -> int:
-    """How many tokens, from the first on, two sequences share."""
-    n_least = min(len(ours), len(theirs))
-    differing = np.flatnonzero(ours[:n_least] != theirs[:n_least])
-    return int(differing[0]) if len(differing) else n_least

@@ -38,7 +38,7 @@ def write_rows(tensor: int, cells: Indices, heads: range, rows: Bytes) -> None:
 
 def state_bytes_of(store: KVStore, tensor: int) -> int:
     """Bytes of one sequence's state in a tensor of a recurrent layer's states."""
-    return int(ggml.ggml_nbytes(tensor)) // store.n_states
+    return int(ggml.ggml_nbytes(tensor)) // store.size.n_states
 
 
 def read_state(store: KVStore, tensor: int, state: int) -> Bytes:

@@ -1,6 +1,7 @@
 """What layers keep of the tokens read so far, keys and values or states, in buffers that are allocated once."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +37,54 @@ def kv_type(name: str) -> GGMLQuantizationType:
     return KV_TYPES[name]
 
 
+@dataclass(frozen=True, slots=True)
+class KVSize:
+    """How much a KV cache holds: values of type `kind` of `n_cells` tokens, and `n_states` states of recurrent layers.
+
+    Layers with a window have `n_window_cells` cells of their own, or with 0 as many as the others, and the same ones.
+    """
+
+    kind: GGMLQuantizationType
+    n_cells: int
+    n_states: int = 0
+    n_window_cells: int = 0
+
+    def cells_of(self, spec: ModelSpec, layer: int) -> int:
+        """The tokens of which one layer keeps keys and values."""
+        return self.n_window_cells if self.n_window_cells and spec.window(layer) else self.n_cells
+
+    def n_masked(self, spec: ModelSpec) -> int:
+        """The most cells that a token's row has in the masks of all layers, and in those of layers with a window."""
+        return self.n_cells + ((self.n_window_cells or self.n_cells) if any(spec.windowed) else 0)
+
+    def n_bytes(self, spec: ModelSpec, layers: Collection[int] | None = None) -> int:
+        """Bytes of all that a cache of some `layers` or all holds; those without attention have no cells.
+
+        Raises UsageError for a type that does not divide the heads.
+        """
+        n_cells = self.n_window_cells or self.n_cells
+        every = [layer for layer in spec.attention_layers if layers is None or layer in layers]
+        windowed = [layer for layer in every if spec.window(layer)]
+        others = [layer for layer in every if not spec.window(layer)]
+        n_kv = kv_bytes(spec, self.n_cells, self.kind, others) + kv_bytes(spec, n_cells, self.kind, windowed)
+        return n_kv + _hadamard_bytes(spec, self.kind, layers) + self.n_states * state_bytes(spec, layers)
+
+
+def kv_size(spec: ModelSpec, kind: GGMLQuantizationType, n_cells: int, n_batch: int, n_parallel: int) -> KVSize:
+    """The size of a cache of `n_cells` tokens, for steps of at most `n_batch` tokens of `n_parallel` sequences.
+
+    Layers with a window have cells for a window of each sequence and a step, and for one more window, from which a
+    sequence can go on that left another one; but not more than the others.
+    """
+    n_window_cells = 0
+    if any(spec.windowed):
+        n_needed = (n_parallel + 1) * spec.n_window + n_batch
+        n_window_cells = -(-n_needed // CELL_STEP) * CELL_STEP
+    return KVSize(kind, n_cells, state_count(spec, n_parallel), n_window_cells if n_window_cells < n_cells else 0)
+
+
 def kv_bytes(spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, layers: Collection[int] | None = None) -> int:
-    """Bytes of a cache of `n_cells` tokens, for some `layers` or all; those without attention need none.
+    """Bytes of the keys and values of `n_cells` tokens, for some `layers` or all; those without attention need none.
 
     Raises UsageError for a type that does not divide the heads.
     """
@@ -62,14 +109,6 @@ def hadamard_lengths(of: AttentionSpec, kind: GGMLQuantizationType) -> tuple[int
         return 0, 0
     keys, values = (length & -length for length in (of.key_length, of.value_length))
     return keys, min(values, _VALUE_PIECE)
-
-
-def cache_bytes(
-    spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, n_states: int, layers: Collection[int] | None = None
-) -> int:
-    """Bytes of all that a `KVCache` of some `layers` or all holds; raises UsageError as `kv_bytes` does."""
-    states = n_states * state_bytes(spec, layers)
-    return kv_bytes(spec, n_cells, kind, layers) + _hadamard_bytes(spec, kind, layers) + states
 
 
 def _hadamard_bytes(spec: ModelSpec, kind: GGMLQuantizationType, layers: Collection[int] | None) -> int:
@@ -118,7 +157,7 @@ class KVTensors(Protocol):
 
 
 class KVCache:
-    """Keys and values [n_embd_head, n_cells, n_head_kv] of each of the `layers`, by default all, that has attention.
+    """Keys and values [n_embd_head, n, n_head_kv] of each of the `layers`, by default all, that has attention.
 
     Heads lie outermost, so that attention reads each head's keys as one stretch of memory. Where values are a view of
     the keys, as with absorbed MLA, `values` is empty. Of recurrent layers there are the last inputs of convolutions,
@@ -129,21 +168,20 @@ class KVCache:
     def __init__(
         self,
         spec: ModelSpec,
-        n_cells: int,
-        kind: GGMLQuantizationType,
+        size: KVSize,
         backend: Backend,
         layers: Collection[int] | None = None,
-        n_states: int = 0,
     ) -> None:
-        assert n_cells % CELL_STEP == 0
-        self.n_cells = n_cells
+        assert size.n_cells % CELL_STEP == size.n_window_cells % CELL_STEP == 0
+        self.size, kind, n_states = size, size.kind, size.n_states
         self._ctx = ggml.ggml_init(
             ggml.InitParams((2 * spec.n_layer + _MOST_HADAMARDS) * ggml.ggml_tensor_overhead() + 1024, None, True)
         )
         own = {layer: spec.attention_of(layer) for layer in _with_attention(spec, layers)}
-        self.keys = {layer: self._tensor(kind, of.key_length, n_cells, of.n_head_kv) for layer, of in own.items()}
+        n = {layer: size.cells_of(spec, layer) for layer in own}
+        self.keys = {layer: self._tensor(kind, of.key_length, n[layer], of.n_head_kv) for layer, of in own.items()}
         self.values = {
-            layer: self._tensor(kind, of.value_length, n_cells, of.n_head_kv)
+            layer: self._tensor(kind, of.value_length, n[layer], of.n_head_kv)
             for layer, of in own.items()
             if of.has_values
         }
@@ -154,8 +192,8 @@ class KVCache:
             self.convs = {layer: self._rows(recurrent.n_conv_kept // recurrent.n_parts, n_rows) for layer in kept}
             if n_values := recurrent.n_matrix_kept // recurrent.n_parts:
                 self.matrices = {layer: self._rows(n_values, n_rows) for layer in kept}
-        lengths = sorted({n for of in own.values() for n in hadamard_lengths(of, kind) if n})
-        self.hadamards = {n: self._rows(n, n) for n in lengths}
+        lengths = {length for of in own.values() for length in hadamard_lengths(of, kind) if length}
+        self.hadamards = {length: self._rows(length, length) for length in sorted(lengths)}
         tensors = [held for of in (*self.kinds, self.hadamards) for held in of.values()]
         sizes = [-(-ggml.ggml_nbytes(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self.n_bytes = sum(sizes)
@@ -166,8 +204,8 @@ class KVCache:
         except DoesNotFitError:
             self.close()
             raise
-        for n, tensor in self.hadamards.items():
-            matrix = np.ascontiguousarray(hadamard(n))
+        for length, tensor in self.hadamards.items():
+            matrix = np.ascontiguousarray(hadamard(length))
             ggml_backend.ggml_backend_tensor_set(tensor, matrix.ctypes.data, 0, matrix.nbytes)
 
     def _place(self, backend: Backend, tensors: Sequence[int], sizes: Sequence[int]) -> None:

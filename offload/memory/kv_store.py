@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
-from slimoe.offload.memory.kv_cache import KVCache
+from slimoe.offload.memory.kv_cache import KVCache, KVSize
 from slimoe.offload.model.spec import ModelSpec
 
 HOST = "host"
@@ -23,10 +22,10 @@ class KVPlace(NamedTuple):
 
 
 class KVStore:
-    """One cache for each place, by its name; all have `n_cells` cells of one type, and `n_states` recurrent states."""
+    """One cache for each place, by its name; all are of one size."""
 
-    def __init__(self, spec: ModelSpec, n_cells: int, kind: GGMLQuantizationType, n_states: int = 0) -> None:
-        self.spec, self.n_cells, self.kind, self.n_states = spec, n_cells, kind, n_states
+    def __init__(self, spec: ModelSpec, size: KVSize) -> None:
+        self.spec, self.size = spec, size
         self.caches: dict[str, KVCache] = {}
         self._layers: dict[str, tuple[int, ...]] = {}
 
@@ -34,7 +33,7 @@ class KVStore:
     def form(self) -> str:
         """Everything by which the bytes of the same keys and values differ between caches: their type and rotation."""
         is_rotated = any(cache.hadamards for cache in self.caches.values())
-        return f"{self.kind.name} rotated" if is_rotated else self.kind.name
+        return f"{self.size.kind.name} rotated" if is_rotated else self.size.kind.name
 
     def arrange(self, places: Mapping[str, KVPlace]) -> None:
         """Lays the caches out in these places, and takes along what they hold; raises DoesNotFitError, as it was then.
@@ -46,7 +45,7 @@ class KVStore:
         try:
             for name, place in places.items():
                 if name not in kept:
-                    made[name] = KVCache(self.spec, self.n_cells, self.kind, place.backend, place.layers, self.n_states)
+                    made[name] = KVCache(self.spec, self.size, place.backend, place.layers)
         except BaseException:
             for cache in made.values():
                 cache.close()
@@ -62,15 +61,24 @@ class KVStore:
         self._layers = {name: place.layers for name, place in places.items()}
 
     def tensors(self) -> Sequence[int]:
-        """Keys, and values if they are no view of these, of each layer that has attention, in the order of layers."""
+        """Keys, and values if they are no view of these, of each layer with cells for all tokens, in their order."""
+        return self._keys_and_values(have_window_cells=False)
+
+    def window_tensors(self) -> Sequence[int]:
+        """The same of layers with a window that have cells of their own."""
+        return self._keys_and_values(have_window_cells=True)
+
+    def _keys_and_values(self, *, have_window_cells: bool) -> Sequence[int]:
         keys, values = dict[int, int](), dict[int, int]()
         for cache in self.caches.values():
             keys |= cache.keys
             values |= cache.values
-        return [held[layer] for layer in sorted(keys) for held in (keys, values) if layer in held]
+        has_own = {layer: self.size.n_window_cells > 0 and self.spec.window(layer) > 0 for layer in keys}
+        layers = [layer for layer in sorted(keys) if has_own[layer] == have_window_cells]
+        return [held[layer] for layer in layers for held in (keys, values) if layer in held]
 
     def state_tensors(self) -> Sequence[int]:
-        """What each recurrent layer keeps of `n_states` sequences, in the order of layers."""
+        """What each recurrent layer keeps of all states, in the order of layers."""
         kinds = [cache.kinds[2:] for cache in self.caches.values()]
         layers = sorted({layer for convs, _ in kinds for layer in convs})
         return [kind[layer] for layer in layers for of in kinds for kind in of if layer in kind]

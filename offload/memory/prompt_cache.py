@@ -4,12 +4,13 @@ What was computed is written as records, a little between steps and the rest whi
 that comes is looked up block by block, and read as far as that is expected to be faster than computing.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from slimoe.offload.memory.cells import Cells, Tokens, common_prefix
+from slimoe.offload.memory.cells import Cells, Indices, Tokens, common_prefix
 from slimoe.offload.memory.cells import Sequence as TokenSequence
 from slimoe.offload.memory.contents import Bytes, read_rows, read_state, write_rows, write_state
 from slimoe.offload.memory.kv_store import KVStore
@@ -70,10 +71,13 @@ class PromptCache:
         if len(sequence) < LEAST_TOKENS or self._writer.is_paused:
             return
         keys, ends, places = TextKeys(self._form, sequence.tokens), set(self._ends(0, len(sequence))), set[int]()
-        if self._cells.has_states:
+        if self._cells.has_places:
             places = {place for place in sequence.places if place >= LEAST_TOKENS}
+            if self._cells.has_windows:
+                places.add(len(sequence))
             ends = places | {end for end in ends if end < max(places, default=0)}
         names = [name for end in sorted(ends) for name in self._names(keys, end, has_state=end in places)]
+        names += [name for place in sorted(places) for name in self._windows(keys, 0, place)]
         missing = [name for name in names if not self._folder.has(name, keys.used_ns(name) if is_done else None)]
         self._wanted |= dict.fromkeys(missing, keys)
 
@@ -99,7 +103,7 @@ class PromptCache:
 
     def rescue(self, sequence: TokenSequence) -> None:
         """Writes what a sequence is about to lose, as far as that is much faster than computing it again."""
-        lost = [name for name, keys in self._wanted.items() if _is_in(name, keys, sequence)]
+        lost = [name for name, keys in self._wanted.items() if self._is_in(name, keys, sequence)]
         # Without a state the tokens behind the one before are computed again, which are counted as so many.
         n_tokens = sum(self._form.n_tokens(name) if name.kind == "kv" else LEAST_TOKENS for name in lost)
         deadline = time.monotonic() + _RESCUE_SHARE * n_tokens * (self._compute_seconds or 0.0)
@@ -121,7 +125,8 @@ class PromptCache:
         elif self._writer.has_room(seconds):
             keys = self._wanted.pop(name)
             if holder is None:
-                holder = self._cells.holder(keys.tokens[: name.n_tokens], has_state=name.kind != "kv")
+                tokens, n_windowed = keys.tokens[: name.n_tokens], self._n_windowed(name)
+                holder = self._cells.holder(tokens, has_state=name.is_of_state, n_windowed=n_windowed)
             if holder is not None:
                 content = self._content(name, holder)
                 self._writer.put(Record(name, keys.head(name), content, keys.used_ns(name)))
@@ -129,17 +134,28 @@ class PromptCache:
     def _content(self, name: RecordName, holder: TokenSequence) -> Bytes:
         """What a record has, from the cells or a state of a sequence."""
         content, done = np.empty(self._form.n_bytes(name), np.uint8), 0
-        if name.kind != "kv":
+        if name.is_of_state:
             state, tensors = holder.state_at(name.n_tokens), self._store.state_tensors()
             pieces = (read_state(self._store, tensors[index], state) for index in self._form.part(name))
         else:
-            cells = holder.cells[name.n_tokens - self._form.n_tokens(name) : name.n_tokens]
-            shapes = zip(self._store.tensors(), self._form.rows, strict=True)
+            tensors, cells = self._rows(name, holder)
+            cells = cells[name.n_tokens - self._form.n_tokens(name) : name.n_tokens]
+            shapes = zip(tensors, self._form.rows_of(name), strict=True)
             pieces = (read_rows(tensor, cells, range(n_heads)) for tensor, (n_heads, _) in shapes)
         for piece in pieces:
             content[done : done + piece.nbytes] = piece.reshape(-1)
             done += piece.nbytes
         return content
+
+    def _rows(self, name: RecordName, sequence: TokenSequence) -> tuple[Sequence[int], Indices]:
+        """The tensors of which a record has rows, and the cells of a sequence's tokens in them."""
+        if name.kind == "window":
+            return self._store.window_tensors(), sequence.window_cells
+        return self._store.tensors(), sequence.cells
+
+    def _n_windowed(self, name: RecordName) -> int:
+        """How many of the last tokens must be in layers with a window for a record to be written."""
+        return self._form.n_tokens(name) if name.kind == "window" else 0
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -153,13 +169,13 @@ class PromptCache:
     ) -> bool:
         """Reads more of the beginning of `wanted` into a sequence; whether no more is to be read.
 
-        Where no state must be behind it, it is read in parts, unless the request `is_alone`.
+        Where neither a state nor a window must be behind it, it is read in parts, unless the request `is_alone`.
         """
         if len(wanted) < LEAST_TOKENS:
             return True
         keys, begin = TextKeys(self._form, np.asarray(wanted, np.int32)), time.perf_counter()
-        if self._cells.has_states:
-            is_done = self._load_to_state(sequence, keys, is_cancelled)
+        if self._cells.has_places:
+            is_done = self._load_to_place(sequence, keys, is_cancelled)
         else:
             is_done = self._load_blocks(sequence, keys, is_cancelled, np.inf if is_alone else begin + _SLICE_SECONDS)
         self._seconds += time.perf_counter() - begin
@@ -187,16 +203,24 @@ class PromptCache:
             self._n_tokens += name.n_tokens - begin
         return True
 
-    def _load_to_state(self, sequence: TokenSequence, keys: TextKeys, is_cancelled: IsCancelled) -> bool:
-        """Reads up to the last place of which there is a state, at once."""
+    def _load_to_place(self, sequence: TokenSequence, keys: TextKeys, is_cancelled: IsCancelled) -> bool:
+        """Reads up to the last place of which there is a state, or a window, at once."""
         n_known, n_most = len(sequence), len(keys.tokens)
-        found = {name.n_tokens for name in self._folder.names(keys) if name.kind == "state0"}
+        kind = "window" if self._cells.has_windows else "state0"
+        found = {name.n_tokens for name in self._folder.names(keys) if name.kind == kind}
+        whole = itertools.takewhile(lambda end: self._folder.has(keys.name(end)), self._ends(n_known, n_most))
+        n_whole = max(whole, default=n_known)
         for end in sorted((end for end in found if n_known < end <= n_most), reverse=True):
             blocks = [keys.name(block) for block in self._ends(n_known, end - 1)]
-            names = [*blocks, *self._names(keys, end, has_state=True)]
-            if not all(map(self._folder.has, names)) or not self._pays(names, end - n_known):
+            if blocks and blocks[-1].n_tokens > n_whole:
                 continue
-            self._cells.append(sequence, keys.tokens[n_known:end])
+            windows = self._windows(keys, n_known, end)
+            behind = [*self._names(keys, end, has_state=True), *windows]
+            names = [*blocks, *behind]
+            if not all(map(self._folder.has, behind)) or not self._pays(names, end - n_known):
+                continue
+            self._cells.begin_step()
+            self._cells.append(sequence, keys.tokens[n_known:end], is_loaded=True)
             is_whole = False
             try:
                 is_whole = all(not is_cancelled() and self._fill(name, keys, sequence, n_known) for name in names)
@@ -215,8 +239,9 @@ class PromptCache:
         content = self._read(name, keys)
         if content is None:
             return False
-        if name.kind == "kv":
-            self._fill_rows(name, content, sequence, n_known)
+        if not name.is_of_state:
+            n_passed = len(sequence) - self._cells.n_before if name.kind == "window" else 0
+            self._fill_rows(name, content, sequence, max(n_known, n_passed))
             return True
         state, tensors, done = sequence.state_at(name.n_tokens), self._store.state_tensors(), 0
         for index in self._form.part(name):
@@ -228,8 +253,9 @@ class PromptCache:
         """Fills the cells of a record's tokens, but for the first `n_known` of the text, which others may use."""
         n_tokens, done = self._form.n_tokens(name), 0
         begin = max(n_known, name.n_tokens - n_tokens)
-        cells = sequence.cells[begin : name.n_tokens]
-        for tensor, (n_heads, row_bytes) in zip(self._store.tensors(), self._form.rows, strict=True):
+        tensors, cells = self._rows(name, sequence)
+        cells = cells[begin : name.n_tokens]
+        for tensor, (n_heads, row_bytes) in zip(tensors, self._form.rows_of(name), strict=True):
             rows = content[done : done + n_heads * n_tokens * row_bytes].reshape(n_heads, n_tokens, row_bytes)
             write_rows(tensor, cells, range(n_heads), rows[:, n_tokens - len(cells) :])
             done += rows.nbytes
@@ -267,10 +293,18 @@ class PromptCache:
         states = [f"state{part}" for part in range(self._form.n_parts)] if has_state else []
         return [keys.name(end, kind) for kind in ("kv", *states)]
 
+    def _windows(self, keys: TextKeys, n_known: int, place: int) -> list[RecordName]:
+        """The records of what layers with a window see at a place, but for the first `n_known` tokens of the text."""
+        if not self._cells.has_windows:
+            return []
+        begin = max(n_known, place - self._cells.n_before)
+        return [keys.name(end, "window") for end in (*self._ends(begin, place - 1), place)]
 
-def _is_in(name: RecordName, keys: TextKeys, sequence: TokenSequence) -> bool:
-    """Whether a sequence has what a record is of."""
-    n_tokens = name.n_tokens
-    if n_tokens > len(sequence) or not (name.kind == "kv" or sequence.has_state(n_tokens)):
-        return False
-    return common_prefix(sequence.tokens, keys.tokens[:n_tokens]) == n_tokens
+    def _is_in(self, name: RecordName, keys: TextKeys, sequence: TokenSequence) -> bool:
+        """Whether a sequence has what a record is of."""
+        n_tokens = name.n_tokens
+        if n_tokens > len(sequence) or (name.is_of_state and not sequence.has_state(n_tokens)):
+            return False
+        if not sequence.has_windows(n_tokens - self._n_windowed(name), n_tokens) and name.kind == "window":
+            return False
+        return common_prefix(sequence.tokens, keys.tokens[:n_tokens]) == n_tokens

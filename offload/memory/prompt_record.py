@@ -3,7 +3,8 @@
 A text's tokens are cut into blocks of equal length. Each block's key is a hash of the key before it and of its tokens,
 so that texts which begin alike have the same first blocks, and a block is stored once for all of them. A record has the
 keys and values of a block, or of the tokens behind the last whole one; where layers are recurrent, further records have
-parts of the state after its last token.
+parts of the state after its last token. Where layers with a window have cells of their own, theirs are in other
+records, of those tokens only that the windows of places see from which texts go on.
 """
 
 import hashlib
@@ -30,16 +31,16 @@ RECORD_BYTES = 8 << 20
 LEAST_TOKENS = 128
 """Shorter texts are not kept. Reading them would be faster, with the demo model 60 times, but nobody would notice, and
 greetings and questions without a system prompt would fill the disk with their files."""
-_LEAST_BLOCK, _LARGEST_BLOCK = 16, 32
+_LEAST_BLOCK, LARGEST_BLOCK = 16, 32
 """Tokens behind the last whole block are computed again: half a block on average."""
-_NAME = re.compile(r"slimoe-([0-9a-f]{16})-([0-9]{8})-([0-9a-f]{32})\.(kv|state[0-9]{1,4})")
+_NAME = re.compile(r"slimoe-([0-9a-f]{16})-([0-9]{8})-([0-9a-f]{32})\.(kv|window|state[0-9]{1,4})")
 _HASH_BYTES = 32
 
 
 class RecordName(NamedTuple):
     """A record's file name in parts: of which `root`, the tokens that it ends with, their `key`, and `kind`.
 
-    The kind is kv, or state and the number of the part.
+    The kind is kv, window, or state and the number of the part.
     """
 
     root: str
@@ -53,6 +54,11 @@ class RecordName(NamedTuple):
         found = _NAME.fullmatch(name)
         return None if found is None else cls(found[1], int(found[2]), found[3], found[4])
 
+    @property
+    def is_of_state(self) -> bool:
+        """Whether it is of a part of a state, not of keys and values."""
+        return self.kind.startswith("state")
+
     def __str__(self) -> str:
         return f"slimoe-{self.root}-{self.n_tokens:08}-{self.key}.{self.kind}"
 
@@ -62,7 +68,8 @@ class RecordForm:
     """Everything by which keys and values of the same tokens can differ, and how they are cut into records.
 
     `model` is the model's hash, `settings` what else they depend on; a block has `n_block` tokens. `rows`
-    are heads and row bytes of each tensor of keys or values, `states` the bytes of one state in each of states.
+    are heads and row bytes of each tensor of keys or values, `states` the bytes of one state in each of states, and
+    `windows` what `rows` are, of layers with a window that have cells of their own.
     """
 
     model: str
@@ -71,18 +78,25 @@ class RecordForm:
     n_block: int
     rows: tuple[tuple[int, int], ...]
     states: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, model: str, settings: str, store: KVStore) -> "RecordForm":
         """The form of what a store holds."""
         rows = tuple(row_shape(tensor) for tensor in store.tensors())
+        windows = tuple(row_shape(tensor) for tensor in store.window_tensors())
         states = tuple(state_bytes_of(store, tensor) for tensor in store.state_tensors())
-        return cls(model, settings, store.form, block_tokens(_token_bytes(rows)), rows, states)
+        n_block = block_tokens(_token_bytes(rows + windows))
+        return cls(model, settings, store.form, n_block, rows, states, windows)
 
     @property
     def root(self) -> bytes:
         """The hash of all this, which stands for a text of no tokens."""
-        return hashlib.sha256(MAGIC + msgspec.json.encode(self)).digest()
+        fields = msgspec.to_builtins(self)
+        if not self.windows:
+            # So it was before there were any: the files of other models stay what they are.
+            del fields["windows"]
+        return hashlib.sha256(MAGIC + msgspec.json.encode(fields)).digest()
 
     @property
     def n_parts(self) -> int:
@@ -108,10 +122,14 @@ class RecordForm:
         """How many tokens a record is of: a block, or what is behind the last whole one."""
         return (name.n_tokens - 1) % self.n_block + 1
 
+    def rows_of(self, name: RecordName) -> tuple[tuple[int, int], ...]:
+        """Heads and row bytes of each tensor of which a record of keys and values has rows."""
+        return self.windows if name.kind == "window" else self.rows
+
     def n_bytes(self, name: RecordName) -> int:
         """Bytes of a record's content."""
-        if name.kind == "kv":
-            return self.n_tokens(name) * _token_bytes(self.rows)
+        if name.kind in ("kv", "window"):
+            return self.n_tokens(name) * _token_bytes(self.rows_of(name))
         return sum(self.states[index] for index in self.part(name))
 
 
@@ -168,7 +186,7 @@ def check_bound(most_bytes: int, spec: ModelSpec, kind: GGMLQuantizationType) ->
 def block_tokens(token_bytes: int) -> int:
     """How many tokens a block has, a power of two, if a token has so many bytes."""
     n_most = max(1, RECORD_BYTES // max(1, token_bytes))
-    return min(_LARGEST_BLOCK, max(_LEAST_BLOCK, 1 << (n_most.bit_length() - 1)))
+    return min(LARGEST_BLOCK, max(_LEAST_BLOCK, 1 << (n_most.bit_length() - 1)))
 
 
 def digest(head: bytes, content: Bytes) -> bytes:

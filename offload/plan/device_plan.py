@@ -4,14 +4,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gguf import GGMLQuantizationType
-
 from slimoe.offload.cache.device_pool import Bank, device_slot_bytes, n_passing
 from slimoe.offload.cache.slots import divide_slots, slot_classes, widest
 from slimoe.offload.cache.uploads import pinned_bytes
 from slimoe.offload.errors import DeviceError, DoesNotFitError
 from slimoe.offload.ggml.devices import Device
-from slimoe.offload.memory.kv_cache import cache_bytes
+from slimoe.offload.memory.kv_cache import KVSize
 from slimoe.offload.model.experts import ExpertLayer, SlotClass
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
@@ -89,25 +87,23 @@ class DevicePlan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceNeeds:
-    """A model and how it is run, as far as plans for devices need to know; `n_cells` and `n_batch` in tokens.
+    """A model and how it is run, as far as plans for devices need to know.
 
-    A step makes at most `n_rows` rows of logits. With `may_be_whole` a device that has room for all experts of its
-    layers computes them in graphs that are not cut.
+    A step has at most `n_batch` tokens, and makes at most `n_rows` rows of logits. With `may_be_whole` a device that
+    has room for all experts of its layers computes them in graphs that are not cut.
     """
 
     spec: ModelSpec
     sources: ModelSources
     experts: tuple[ExpertLayer | None, ...]
-    kv_type: GGMLQuantizationType
-    n_cells: int
+    kv: KVSize
     n_batch: int
     n_rows: int = 1
-    n_states: int = 0
     may_be_whole: bool = True
 
     def lacking(self, device: Device) -> str:
         """What a device lacks for all but the experts, for a person; empty if it lacks nothing."""
-        step = StepNeeds(self.kv_type, self.n_cells, self.n_batch, self.n_rows, self.n_states)
+        step = StepNeeds(self.kv, self.n_batch, self.n_rows)
         return not_computed(device, self.spec, self.sources, step)
 
 
@@ -164,7 +160,7 @@ def plan_devices(needs: DeviceNeeds, devices: Budgeted) -> tuple[DevicePlan, ...
 def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[int, ...]) -> DevicePlan:
     spec = needs.spec
     is_last = layers[-1] == spec.n_layer - 1
-    kv = cache_bytes(spec, needs.n_cells, needs.kv_type, needs.n_states, layers)
+    kv = needs.kv.n_bytes(spec, layers)
     n_rows = needs.n_rows if is_last else 0
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
     plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
@@ -235,11 +231,11 @@ def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     """Bytes of buffers on the device: for a graph of all layers or for segments, and what passes between them."""
     spec, n_batch = needs.spec, needs.n_batch
     d, n_used = spec.n_embd, max(1, spec.n_expert_used)
-    n_masks = 2 if any(spec.windowed) else 1
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masks * needs.n_cells + 8 * max(1, spec.n_expert) + 64)
+    n_masked = needs.kv.n_masked(spec)
+    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masked + 8 * max(1, spec.n_expert) + 72)
     rows = 5 * d * n_batch
     if is_whole:
-        return exchange + rows + compute_bytes(spec, needs.n_cells, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
+        return exchange + rows + compute_bytes(spec, n_masked, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
     n_attention = max(of.n_at_once for of in spec.attentions)
     segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + n_rows * spec.n_vocab)
     experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)

@@ -19,7 +19,7 @@ from slimoe.offload.graph.linear import add_scaled, last_rows
 from slimoe.offload.graph.router import add_router, router_input, select_experts
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import Form, WeightSubset, load_weights
-from slimoe.offload.memory.kv_cache import hadamard_lengths
+from slimoe.offload.memory.kv_cache import KVSize, hadamard_lengths
 from slimoe.offload.model.regrouped import join_layers, without_experts
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import LayerSources, ModelSources, WeightSource
@@ -31,15 +31,11 @@ _ATTENTION = "FLASH_ATTN_EXT"
 
 @dataclass(frozen=True, slots=True)
 class StepNeeds:
-    """The largest step of a model: the type and number of the KV cache's cells, its tokens and its rows of logits, and
-    the number of recurrent layers' states.
-    """
+    """The largest step of a model: the size of the KV cache, its tokens and its rows of logits."""
 
-    kv_type: GGMLQuantizationType
-    n_cells: int
+    kv: KVSize
     n_batch: int
     n_rows: int
-    n_states: int = 0
 
 
 def not_computed(device: Device, spec: ModelSpec, sources: ModelSources, step: StepNeeds) -> str:
@@ -51,7 +47,8 @@ def not_computed(device: Device, spec: ModelSpec, sources: ModelSources, step: S
     with _Shapes(spec, sources, tuple(kinds.values()), step) as shapes:
         n_runs = 1 if spec.recurrent else 0
         for n_tokens, n_rows in ((step.n_batch, step.n_rows), (1, 1)):
-            shape = StepShape(n_tokens, step.n_cells, n_rows, n_runs)
+            n_kv = step.kv.n_cells, step.kv.n_window_cells or step.kv.n_cells
+            shape = StepShape(n_tokens, *n_kv, n_rows, n_runs)
             if lack := shapes.lacking(device, shape):
                 return f"{device.name} ({device.description}) {lack}"
     return ""
@@ -76,11 +73,11 @@ class _Shapes:
         own = {layer: spec.attention_of(layer) for layer in layers if layer in spec.attention_layers}
         self.keys, self.values = dict[int, int](), dict[int, int]()
         for layer, of in own.items():
-            cells = (step.n_cells, of.n_head_kv)
-            self.keys[layer] = self._new(step.kv_type, of.key_length, *cells)
+            cells = (step.kv.cells_of(spec, layer), of.n_head_kv)
+            self.keys[layer] = self._new(step.kv.kind, of.key_length, *cells)
             if of.has_values:
-                self.values[layer] = self._new(step.kv_type, of.value_length, *cells)
-        lengths = {n for of in own.values() for n in hadamard_lengths(of, step.kv_type) if n}
+                self.values[layer] = self._new(step.kv.kind, of.value_length, *cells)
+        lengths = {n for of in own.values() for n in hadamard_lengths(of, step.kv.kind) if n}
         self.hadamards = {n: self._new(GGMLQuantizationType.F32, n, n) for n in sorted(lengths)}
         for n, tensor in self.hadamards.items():
             ggml.ggml_set_name(tensor, f"a Hadamard matrix of {n} rows".encode())
@@ -88,7 +85,7 @@ class _Shapes:
         if recurrent := spec.recurrent:
             kept = [layer for layer in layers if layer in spec.recurrent_layers]
             for held, n_kept in ((self.convs, recurrent.n_conv_kept), (self.matrices, recurrent.n_matrix_kept)):
-                ne = n_kept // recurrent.n_parts, recurrent.n_parts * step.n_states
+                ne = n_kept // recurrent.n_parts, recurrent.n_parts * step.kv.n_states
                 held |= {layer: self._new(GGMLQuantizationType.F32, *ne) for layer in kept if n_kept}
 
     def __enter__(self) -> "_Shapes":
@@ -125,10 +122,11 @@ class _Shapes:
         kinds = GGMLQuantizationType
         tokens, positions = (self._new(kinds.I32, n) for _ in range(2))
         temperatures = self._new(kinds.F32, n) if spec.attention.temperature else 0
-        mask = self._new(kinds.F16, shape.n_kv, n)
+        mask, window_mask = (self._new(kinds.F16, n_kv, n) for n_kv in (shape.n_kv, shape.n_window_kv))
+        cells, window_cells = (self._new(kinds.I64, n) for _ in range(2))
         n_parts = spec.recurrent.n_parts if spec.recurrent else 0
         states = (self._new(kinds.I32, n_parts), self._new(kinds.I64, n_parts)) if n_parts else (0, 0)
-        inputs = StepInputs(tokens, positions, self._new(kinds.I64, n), mask, mask, temperatures, *states)
+        inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
         blocks = BlockBuilder(ctx, graph, spec, weights, self, shape, inputs)
         for index in self._layers:
             hidden, layer = blocks.add_attention(index, self._new(kinds.F32, spec.n_embd, n)), weights.layers[index]

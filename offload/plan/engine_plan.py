@@ -14,7 +14,7 @@ from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.lossy.elastic import Elastic
 from slimoe.offload.lossy.modes import Lossy, make_lossy, mixed_lossy, with_resident
 from slimoe.offload.machine.probe import KernelSpeed
-from slimoe.offload.memory.kv_cache import CELL_STEP, cache_bytes, kv_type, state_count
+from slimoe.offload.memory.kv_cache import CELL_STEP, KVSize, kv_size, kv_type
 from slimoe.offload.model.experts import ExpertLayer, cache_priors, expert_layers
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.mtp_block import MtpBlock
@@ -48,19 +48,17 @@ class EnginePlan:
     """Everything that is decided before the first weight is loaded; with a `shortfall` the model cannot be opened.
 
     `available` are the bytes of host memory for all our processes, of which those beside the engine's take `reserve`.
-    `n_cells` are the tokens that the KV cache holds, for all `n_parallel` requests, `n_states` the sequences of which
-    recurrent layers keep something. `machine` is what it was made for.
+    `kv` is the size of the KV cache for all `n_parallel` requests. `machine` is what it was made for.
     """
 
     gguf: GGUFFile
     spec: ModelSpec
     sources: ModelSources
     n_ctx: int
-    n_cells: int
+    kv: KVSize
     n_batch: int
     n_parallel: int
     n_threads: int
-    n_states: int
     weight_forms: WeightForms
     available: int
     reserve: int
@@ -195,17 +193,16 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     n_cells = -(-n_ctx * context.n_parallel // CELL_STEP) * CELL_STEP
     # A step has room for a token of everyone.
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
-    n_states = state_count(spec, context.n_parallel)
-    kv = cache_bytes(spec, n_cells, kv_type(context.kv_type), n_states)
+    kv = kv_size(spec, kv_type(context.kv_type), n_cells, n_batch, context.n_parallel)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
-    own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv_type(context.kv_type))
+    own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv.kind)
     if mtp is not None:
-        own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv_type(context.kv_type))
+        own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv.kind)
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in batch_sizes(n_batch, context.n_parallel):
         program = own + request_bytes(spec, fewer, context.n_parallel)
-        needs = Needs(kv, program, n_cells, fewer)
+        needs = Needs(kv.n_bytes(spec), program, kv.n_masked(spec), fewer)
         weight_forms = choose_weight_forms(
             sources, spec, memory.weights, model.speeds, needs, budget.ram, has_second=has_second
         )
@@ -217,11 +214,10 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
         spec=spec,
         sources=sources,
         n_ctx=n_ctx,
-        n_cells=n_cells,
+        kv=kv,
         n_batch=n_batch,
         n_parallel=context.n_parallel,
         n_threads=model.n_threads,
-        n_states=n_states,
         weight_forms=weight_forms,
         available=budget.ram,
         reserve=memory.reserve_bytes,
@@ -250,9 +246,8 @@ def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> 
         return plan
     # A mode that goes by expert weights must see those of every layer, and so must a trace.
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
-    kv, n_rows = kv_type(config.context.kv_type), most_logit_rows(plan.n_batch, plan.n_parallel)
-    sizes = plan.n_cells, plan.n_batch, n_rows, plan.n_states
-    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, kv, *sizes, may_be_whole)
+    sizes = plan.kv, plan.n_batch, most_logit_rows(plan.n_batch, plan.n_parallel)
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, *sizes, may_be_whole)
     if config.devices.is_automatic:
         plans, notes = plan_those_that_fit(needs, devices)
     else:
@@ -368,8 +363,8 @@ def _lack(config: EngineConfig, plan: EnginePlan, required: int) -> DoesNotFitEr
 
 def _fixed(plan: EnginePlan, program: int) -> dict[str, int]:
     """Bytes of host memory that experts cannot have, by use."""
-    n_cells = 1 if plan.devices else plan.n_cells
-    compute = tiered_compute_bytes(plan.spec, n_cells, plan.n_batch, widest(plan.layers))
+    n_masked = 1 if plan.devices else plan.kv.n_masked(plan.spec)
+    compute = tiered_compute_bytes(plan.spec, n_masked, plan.n_batch, widest(plan.layers))
     compute += plan.pinned + row_bytes(plan.sources.token_embd, plan.n_batch)
     program += request_bytes(plan.spec, plan.n_batch, plan.n_parallel) + plan.driver_bytes
     if plan.devices:

@@ -29,5 +29,5 @@ def replan(config: EngineConfig, plan: EnginePlan) -> EnginePlan:
     new = plan_engine(config, machine)
     if new.shortfall is not None:
         raise new.shortfall
-    assert (new.n_cells, new.n_parallel) == (plan.n_cells, plan.n_parallel)
+    assert (new.kv, new.n_parallel) == (plan.kv, plan.n_parallel)
     return new

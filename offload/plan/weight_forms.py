@@ -118,11 +118,11 @@ class WeightForms:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of the KV cache (`kv`) and of the program itself, the cache's cells and a batch's tokens."""
+    """Bytes of the KV cache (`kv`) and of the program itself, cells of a token's row in all masks, a batch's tokens."""
 
     kv: int
     program: int
-    n_cells: int
+    n_masked: int
     n_batch: int
 
 
@@ -172,7 +172,7 @@ def choose_weight_forms(
     """
     if mode not in WEIGHT_MODES:
         raise UsageError(f"The weight mode {mode!r} is unknown. Use one of {', '.join(WEIGHT_MODES)}.")
-    compute = compute_bytes(spec, needs.n_cells, needs.n_batch)
+    compute = compute_bytes(spec, needs.n_masked, needs.n_batch)
     if mode != "mapped":
         compute += row_bytes(sources.token_embd, needs.n_batch)
     possible = repackable_kinds(sources)
@@ -281,12 +281,15 @@ def _weights(sources: ModelSources) -> Iterator[WeightSource]:
         yield from layer.vectors
 
 
-def compute_bytes(spec: ModelSpec, n_cells: int, n_batch: int) -> int:
-    """An upper estimate of the bytes of a batch's intermediate results, F32, and of its masks, F16."""
-    n_used, n_masks = max(1, spec.n_expert_used), 2 if any(spec.windowed) else 1
+def compute_bytes(spec: ModelSpec, n_masked: int, n_batch: int) -> int:
+    """An upper estimate of the bytes of a batch's intermediate results, F32, and of its masks, F16.
+
+    `n_masked` are the cells of a token's row in all masks.
+    """
+    n_used = max(1, spec.n_expert_used)
     n_always = max(spec.experts.n_ff_shared, spec.n_ff_dense)
     n_queries = max(of.n_embd_head * of.n_head for of in spec.attentions)
     per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * n_queries
     per_token += 2 * spec.attention.n_decompressed + 4 * spec.n_expert_aux * spec.n_embd
     per_token += 3 * n_always + 8 * spec.n_expert * (spec.router_score == "sigmoid")
-    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_masks * n_batch * n_cells + (2 << 20)
+    return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_masked + (2 << 20)

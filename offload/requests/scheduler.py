@@ -214,20 +214,21 @@ class Scheduler:
     def _n_to_state(self, reading: Generator) -> int:
         """Tokens up to the last place before a prompt's end where its state is kept; 0 behind that."""
         assert reading.sequence is not None
-        last = max(0, len(reading.shareable) - _LEAST_BEHIND) // _STATE_STEP * _STATE_STEP
-        return max(0, last - len(reading.sequence))
+        return max(0, _last_place(reading) - len(reading.sequence))
 
     # --- what comes of it ----------------------------------------------------------------------------------
 
     def _read(self, parts: list[_Part]) -> list[Outcome]:
         before = [len(part.sequence) for part in parts]
+        self._cells.begin_step()
         for part in parts:
             self._cells.append(part.sequence, part.tokens)
         n_rows = [part.job.n_rows(len(part.tokens)) for part in parts]
         moves = [move for part in parts for move in part.sequence.moves]
         answers = [index for index, part in enumerate(parts) if not part.job.is_reading]
         inputs = [(part.tokens, part.sequence.cells) for part in parts]
-        batch = make_batch(inputs, max(1, sum(n_rows)), moves, answers)
+        windows = [self._cells.window(part.sequence, len(part.tokens)) for part in parts]
+        batch = make_batch(inputs, max(1, sum(n_rows)), moves, answers, windows)
         is_timed, begin = not any(part.job.is_reading for part in parts), time.perf_counter()
         # Only a request alone may stop a step half-way, and only in its prompt: one token is over soon enough.
         may_stop = len(parts) == 1 and parts[0].job.is_reading
@@ -262,6 +263,7 @@ class Scheduler:
         try:
             if job.is_reading:
                 self._cells.keep(part.sequence)
+                self._cells.keep_window(part.sequence, _last_place(job))
                 self._note(job)
             events = job.take(part.tokens, logits)
         except Exception as error:
@@ -321,6 +323,11 @@ def _equally_long(parts: list[_Part]) -> list[_Part]:
     """The parts that have most tokens: those of others wait for a step, while a request reads tokens again."""
     longest = max((len(part.tokens) for part in parts), default=0)
     return [part for part in parts if len(part.tokens) == longest]
+
+
+def _last_place(job: Generator) -> int:
+    """The place before a prompt's end that is kept."""
+    return max(0, len(job.shareable) - _LEAST_BEHIND) // _STATE_STEP * _STATE_STEP
 
 
 def _part(job: Generator, n_most: int) -> _Part:

@@ -6,7 +6,7 @@ by head, and a sha256 of all that. It is read to its end before anything of it i
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -42,7 +42,8 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Where every second tensor has values whose rows are not like keys', `value_bytes` are of these. `state_bytes` are of
     what recurrent layers keep of all its tokens. Where heads differ between layers, the first layer's are named, and
-    `cell_bytes` are a token's of all layers.
+    `cell_bytes` are a token's of all layers. Layers with a window that have cells of their own are counted apart: they
+    have the last `n_windowed` tokens, in `window_bytes` each.
     """
 
     model: str
@@ -54,11 +55,14 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
     value_bytes: int = 0
     state_bytes: int = 0
     cell_bytes: int = 0
+    n_windowed: int = 0
+    window_bytes: int = 0
 
     @property
     def n_bytes(self) -> int:
         """Bytes of tokens, keys and values, and states."""
-        return self.n_tokens * (4 + (self.cell_bytes or self.even_bytes)) + self.state_bytes
+        n_bytes = self.n_tokens * (4 + (self.cell_bytes or self.even_bytes)) + self.state_bytes
+        return n_bytes + self.n_windowed * self.window_bytes
 
     @property
     def even_bytes(self) -> int:
@@ -68,10 +72,13 @@ class SlotHead(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class SlotPlace(NamedTuple):
-    """Where a sequence lies in memory: the cells of its tokens, and the state of recurrent layers after them."""
+    """Where a sequence lies in memory: the cells of its tokens, the state of recurrent layers after them, and the cells
+    of the last ones in layers with a window, if these have cells of their own.
+    """
 
     cells: Indices
     state: int = 0
+    window: Indices | None = None
 
 
 def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
@@ -84,8 +91,19 @@ def slot_head(model: str, store: KVStore, n_tokens: int) -> SlotHead:
         value_bytes = 0
     state_bytes = sum(state_bytes_of(store, tensor) for tensor in store.state_tensors())
     head = SlotHead(model, store.form, n_tokens, len(tensors), n_heads, row_bytes, value_bytes, state_bytes)
-    cell_bytes = sum(int(shape.ne[2] * shape.nb[1]) for shape in shapes)
-    return head if cell_bytes == head.even_bytes else msgspec.structs.replace(head, cell_bytes=cell_bytes)
+    cell_bytes = _token_bytes(tensors)
+    if cell_bytes != head.even_bytes:
+        head = msgspec.structs.replace(head, cell_bytes=cell_bytes)
+    window_bytes = _token_bytes(store.window_tensors())
+    if not window_bytes:
+        return head
+    n_windowed = min(n_tokens, store.spec.n_window - 1)
+    return msgspec.structs.replace(head, n_windowed=n_windowed, window_bytes=window_bytes)
+
+
+def _token_bytes(tensors: Sequence[int]) -> int:
+    """Bytes of a token in tensors of keys or values."""
+    return sum(n_heads * row_bytes for n_heads, row_bytes in map(row_shape, tensors))
 
 
 def write_slot(path: Path, model: str, store: KVStore, tokens: Tokens, place: SlotPlace) -> int:
@@ -117,11 +135,11 @@ def read_slot(
             tokens, n_bytes = _checked(path, file, model, store, n_most)
             place = find_place(tokens)
             file.seek(n_bytes - _HASH_BYTES - slot_head(model, store, len(tokens)).n_bytes + 4 * len(tokens))
-            for tensor in store.tensors():
+            for tensor, cells in _rows(store, place):
                 n_heads, row_bytes = row_shape(tensor)
                 for head in range(n_heads):
-                    rows = np.frombuffer(file.read(len(tokens) * row_bytes), np.uint8)
-                    write_rows(tensor, place.cells, range(head, head + 1), rows.reshape(1, -1, row_bytes))
+                    rows = np.frombuffer(file.read(len(cells) * row_bytes), np.uint8)
+                    write_rows(tensor, cells, range(head, head + 1), rows.reshape(1, -1, row_bytes))
             for tensor in store.state_tensors():
                 state = np.frombuffer(file.read(state_bytes_of(store, tensor)), np.uint8)
                 write_state(store, tensor, place.state, state)
@@ -146,8 +164,8 @@ def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int
     if head != expected:
         raise SlotFileError(
             f"{path.name} was saved from a KV cache of another form ({head.kv_type}, {head.n_tensors} tensors), but "
-            f"this one is {expected.kv_type} of {expected.n_tensors}. Start the server with the same --kv-type, or "
-            "save it anew."
+            f"this one is {expected.kv_type} of {expected.n_tensors}. Start the server with the same --kv-type and "
+            "--ctx, or save it anew."
         )
     if not 0 < head.n_tokens <= n_most:
         raise SlotFileError(f"{path.name} has {head.n_tokens} tokens, but the context window has {n_most}.")
@@ -163,10 +181,19 @@ def _checked(path: Path, file: BinaryIO, model: str, store: KVStore, n_most: int
     return np.frombuffer(raw, "<i4").astype(np.int32), file.tell()
 
 
+def _rows(store: KVStore, place: SlotPlace) -> Iterator[tuple[int, Indices]]:
+    """Each tensor of keys or values, and the cells of the tokens that are in the file."""
+    for tensor in store.tensors():
+        yield tensor, place.cells
+    for tensor in store.window_tensors():
+        assert place.window is not None
+        yield tensor, place.window
+
+
 def _content(store: KVStore, place: SlotPlace) -> Iterator[bytes]:
     """The keys and values of the tokens, and what recurrent layers keep of them."""
-    for tensor in store.tensors():
+    for tensor, cells in _rows(store, place):
         for head in range(row_shape(tensor)[0]):
-            yield read_rows(tensor, place.cells, range(head, head + 1)).tobytes()
+            yield read_rows(tensor, cells, range(head, head + 1)).tobytes()
     for tensor in store.state_tensors():
         yield read_state(store, tensor, place.state).tobytes()

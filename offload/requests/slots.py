@@ -76,7 +76,7 @@ class Slots:
             self._cells.adopt(sequence, self.tokens(slot))
             if not len(sequence):
                 raise UsageError(f"There is nothing to save in slot {slot}: nothing was answered in it, or no longer.")
-            n_bytes = write_slot(path, self._identity(), self._kv, sequence.tokens, _place(sequence))
+            n_bytes = write_slot(path, self._identity(), self._kv, sequence.tokens, self._place(sequence))
             return SlotChange(len(sequence), n_bytes, perf_counter() - begin)
         finally:
             self._cells.remember(sequence)
@@ -90,8 +90,9 @@ class Slots:
         def find_place(tokens: Tokens) -> SlotPlace:
             if len(tokens) > self._cells.n_unused:
                 raise UsageError(f"{path.name} has {len(tokens)} tokens, for which requests in progress leave no room.")
-            self._cells.append(sequence, tokens)
-            return _place(sequence)
+            self._cells.begin_step()
+            self._cells.append(sequence, tokens, is_loaded=True)
+            return self._place(sequence)
 
         try:
             tokens, n_bytes = read_slot(path, self._identity(), self._kv, self._n_ctx, find_place)
@@ -120,7 +121,6 @@ class Slots:
         if job is not None and not job.is_over:
             raise UsageError(f"Slot {slot} answers a request now. Try again when it is done.")
 
-
-def _place(sequence: Sequence) -> SlotPlace:
-    moves = sequence.moves
-    return SlotPlace(sequence.cells, moves[0][1] if moves else 0)
+    def _place(self, sequence: Sequence) -> SlotPlace:
+        moves = sequence.moves
+        return SlotPlace(sequence.cells, moves[0][1] if moves else 0, self._cells.window(sequence, 0))

@@ -37,6 +37,7 @@ class PlanReport:
             "model": str(plan.gguf.path),
             "n_ctx": plan.n_ctx,
             "n_parallel": plan.n_parallel,
+            "n_window_cells": plan.kv.n_window_cells,
             "n_batch": plan.n_batch,
             "n_threads": plan.n_threads,
             "weights": plan.weight_forms.mode,
@@ -64,12 +65,15 @@ class PlanReport:
             return [head]
         sizes = host_bytes(plan)
         times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
+        kv = f"KV cache, {times}{plan.n_ctx} tokens"
+        if plan.kv.n_window_cells:
+            kv += f", {plan.kv.n_window_cells} in windows"
         rows = {
             "weights, mapped": sizes["mapped"],
             "weights, copied": sizes["copied"],
             "weights, repacked": sizes["repacked"],
             "experts, read from disk": sizes.get("host_pool", 0),
-            f"KV cache, {times}{plan.n_ctx} tokens": sizes["kv"],
+            kv: sizes["kv"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
             "pinned, on the way to devices": sizes.get("pinned", 0),
             "program, at most": sizes["program"],
@@ -222,7 +226,8 @@ def _speed(name: str, one: Prediction) -> str:
 
 
 def _row(name: str, value: str) -> str:
-    return f"{name:<32}{value:>12}"
+    width = 44 - max(32, len(name))
+    return f"{name:<32}{value:>{max(width, len(value) + 1)}}"
 
 
 def _count(n: int, noun: str) -> str:

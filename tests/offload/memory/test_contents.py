@@ -12,6 +12,7 @@ from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.memory.contents import read_rows, read_state, row_shape, write_rows, write_state
+from slimoe.offload.memory.kv_cache import KVSize
 from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.model.model_file import ModelFile
 from tests.models.gguf_content import Array
@@ -26,7 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVStore]:
         tmp_path_factory.mktemp("m") / "m.gguf", "qwen3next", shape=FineShape(n_layer=4, n_embd_head=64)
     )
     spec = ModelFile.of(read_gguf(path)).spec
-    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, 256, Type.Q8_0, 5)) as store:
+    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, KVSize(Type.Q8_0, 256, 5))) as store:
         store.arrange({HOST: KVPlace(backend, (0, 1, 2, 3))})
         yield store
 
@@ -48,7 +49,7 @@ def fill(tensor: int, seed: int) -> Array:
 def test_rows_of_cells(store: KVStore, cells: list[int]) -> None:
     for seed, tensor in enumerate(store.tensors()):
         n_heads, row_bytes = row_shape(tensor)
-        expected = fill(tensor, seed).reshape(n_heads, store.n_cells, row_bytes)
+        expected = fill(tensor, seed).reshape(n_heads, store.size.n_cells, row_bytes)
         for heads in (range(n_heads), range(1, 2)):
             rows = read_rows(tensor, np.array(cells), heads)
             np.testing.assert_array_equal(rows, expected[heads.start : heads.stop, cells])
@@ -58,7 +59,7 @@ def test_rows_of_cells(store: KVStore, cells: list[int]) -> None:
 def test_rows_are_written_where_they_belong(store: KVStore, cells: list[int]) -> None:
     for seed, tensor in enumerate(store.tensors()):
         n_heads, row_bytes = row_shape(tensor)
-        expected = fill(tensor, seed).reshape(n_heads, store.n_cells, row_bytes)
+        expected = fill(tensor, seed).reshape(n_heads, store.size.n_cells, row_bytes)
         rows = np.random.default_rng(99).integers(0, 256, (n_heads, len(cells) + 3, row_bytes), np.uint8)
         write_rows(tensor, np.array(cells), range(n_heads), rows[:, 3:])
         expected[:, cells] = rows[:, 3:]
@@ -78,7 +79,7 @@ def test_no_cells(store: KVStore) -> None:
 def test_states(store: KVStore) -> None:
     assert store.state_tensors()
     for seed, tensor in enumerate(store.state_tensors()):
-        expected = fill(tensor, seed).reshape(store.n_states, -1)
+        expected = fill(tensor, seed).reshape(store.size.n_states, -1)
         np.testing.assert_array_equal(read_state(store, tensor, 3), expected[3])
         write_state(store, tensor, 1, read_state(store, tensor, 4))
         expected[1] = expected[4]

@@ -12,7 +12,7 @@ from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.gguf.header import read_gguf
-from slimoe.offload.memory.kv_cache import kv_bytes
+from slimoe.offload.memory.kv_cache import KVSize, kv_bytes
 from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.model.model_file import ModelFile
 from tests.models.gguf_content import Array
@@ -28,7 +28,7 @@ def held(tensor: int) -> Array:
 @pytest.mark.parametrize(("name", "n_tensors"), [("deepseek2", 3), ("deepseek2-old", 6), ("qwen3moe", 6)])
 def test_what_caches_hold_goes_along(tmp_path: Path, name: str, n_tensors: int) -> None:
     spec = ModelFile.of(read_gguf(write_family(tmp_path / "m.gguf", name, shape=FineShape(n_expert=16)))).spec
-    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, 512, Type.F16)) as store:
+    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, KVSize(Type.F16, 512))) as store:
         store.arrange({HOST: KVPlace(backend, (0, 1, 2))})
         before = store.tensors()
         assert len(before) == n_tensors
@@ -57,7 +57,7 @@ def test_what_is_larger_than_a_device_gives_at_once_lies_in_several_buffers(
     original = CpuBackend.allocate
     monkeypatch.setattr(CpuBackend, "allocate", allocate)
     monkeypatch.setattr(ggml_device, "ggml_backend_buft_get_max_size", lambda buft: most)
-    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, 512, Type.F16)) as store:
+    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, KVSize(Type.F16, 512))) as store:
         store.arrange({HOST: KVPlace(backend, (0, 1, 2))})
         assert len(asked) == -(-6 // n_rows)
         assert max(asked) <= most

@@ -13,6 +13,7 @@ from slimoe.offload.ggml.cpu_backend import CpuBackend
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.memory.cells import Cells, Sequence
 from slimoe.offload.memory.contents import Bytes, read_rows, row_shape, write_rows
+from slimoe.offload.memory.kv_cache import KVSize
 from slimoe.offload.memory.kv_store import HOST, KVPlace, KVStore
 from slimoe.offload.memory.prompt_cache import PromptCache
 from slimoe.offload.memory.prompt_folder import PromptFolder
@@ -29,7 +30,7 @@ OTHER = np.random.default_rng(4).integers(0, 300, 900, np.int32)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KVStore]:
     spec = ModelFile.of(read_gguf(write_family(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe"))).spec
-    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, N_CELLS, Type.F16)) as store:
+    with closing(CpuBackend(1)) as backend, closing(KVStore(spec, KVSize(Type.F16, N_CELLS))) as store:
         store.arrange({HOST: KVPlace(backend, tuple(range(spec.n_layer)))})
         yield store
 

@@ -57,7 +57,7 @@ def decide(
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
     speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
-    needs = Needs(kv=1000, program=100, n_cells=256, n_batch=32)
+    needs = Needs(kv=1000, program=100, n_masked=256, n_batch=32)
     return choose_weight_forms(sources, spec, mode, speeds, needs, available, has_second=has_second)
 
 
