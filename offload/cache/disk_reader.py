@@ -203,6 +203,11 @@ class DiskReader:
         """Whether no demanded read waits to be taken."""
         return not self._queues[Urgency.DEMANDED]
 
+    @property
+    def n_waiting(self) -> int:
+        """Reads of which a part is still to be begun."""
+        return sum(map(len, self._queues))
+
     def _drop(self, read: Read) -> None:
         read.is_cancelled = True
         if read in self._queues[read.urgency]:

@@ -262,6 +262,11 @@ class HostPool:
         slot.is_prefetched = False
         return True
 
+    @property
+    def n_waiting(self) -> int:
+        """Experts that the disk is still to read."""
+        return self._reader.n_waiting
+
     def abandon(self, key: Key, copy: ExpertCopy) -> None:
         """Drops the read of a copy that was prefetched and is not needed, unless most of it is read already."""
         pool = self._pools[copy.slot_class]

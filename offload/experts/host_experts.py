@@ -21,6 +21,8 @@ from slimoe.offload.model.experts import ExpertCopy, ExpertLayer, SlotClass
 
 _WORTH_READING, _SURE = 0.5, 0.8
 """Probabilities from which an expert is prefetched when nothing better is to be read, and before others."""
+_MOST_WAITING = 2
+"""So many waiting reads keep guesses for layers after the next from the disk: wrong ones would delay everything."""
 _NO_KEYS: set[Key] = set()
 _NO_EXPERTS = np.empty(0, np.int64)
 
@@ -95,8 +97,8 @@ class HostExperts:
         """
         columns = (selected >= 0).ravel().nonzero()[0]
         experts = selected.take(columns)
-        is_single, n_arrived = len(selected) == 1, 0
-        if is_single:
+        n_arrived = 0
+        if is_single := len(selected) == 1:
             self.settle(index, np.append(experts, elsewhere) if elsewhere.size else experts)
             n_arrived = self._take_begun(index, experts, is_best=copies is None)
         works, is_here = self._find(index, experts, columns, copies, *selected.shape)
@@ -107,10 +109,8 @@ class HostExperts:
         else:
             layer = self._layers[index]
             assert layer is not None
-            left = selected
-            if n_here:
-                left = selected.copy()
-                left.put(columns[is_here], -1)
+            left = selected.copy()
+            left.put(columns[is_here], -1)
             missing = group_by_expert(index, layer, left, copies)
         self._host_pool.counters.pending += n_arrived
         self._host_pool.counters.hits += n_here - n_arrived
@@ -132,8 +132,8 @@ class HostExperts:
         banks = self.banks[index]
         assert banks is not None
         is_here = np.zeros(len(experts), np.bool_)
-        is_mixed, works = len(banks.classes) > 1, []
-        if is_mixed:
+        works = []
+        if is_mixed := len(banks.classes) > 1:
             numbers = banks.numbers[0 if copies is None else copies.ravel()[columns], experts]
         for number, (slot_class, phases) in enumerate(zip(banks.classes, banks.phases, strict=True)):
             if phases is None:
@@ -232,17 +232,15 @@ class HostExperts:
         return {(layer, expert) for layer, experts in self._predicted.items() for expert in experts}
 
     def _prefetch_predicted(self, index: int, experts: NDArray[np.int64], early_logits: EarlyLogits) -> None:
-        """Has experts read that later layers will probably select: the sure ones first, then the nearest layers'."""
-        self._told = []
-        layers, logits = early_logits
+        """Has experts read that the next layer will probably select, and later ones while the disk has time for it."""
+        self._told, (layers, logits) = [], early_logits
         if not layers:
             return
         later, rows = self._routers.later(layers)
         guesses = self._predictor.guess(later, logits)
-        probabilities = guesses.probabilities
+        probabilities, is_absent = guesses.probabilities, self._is_absent(rows, guesses.experts)
         if self._on_devices is not None:
             probabilities = np.where(self._on_devices.numbers[rows, guesses.experts] < 0, probabilities, 0)
-        is_absent = self._is_absent(rows, guesses.experts)
         wanted: list[tuple[Key, bool]] = []
         candidates = zip(guesses.experts.tolist(), probabilities.tolist(), is_absent.tolist(), strict=True)
         for layer, n_used, (ones, chances, absences) in zip(layers, later.n_used, candidates, strict=True):
@@ -260,6 +258,9 @@ class HostExperts:
             return
         self._host_pool.pin({(index, expert) for expert in experts.tolist()}, self._all_predicted())
         for key, sure in sorted(wanted, key=lambda one: not one[1]):
+            if key[0] != layers[0] and self._host_pool.n_waiting >= _MOST_WAITING:
+                self._told.remove((key, sure))
+                continue
             copy = self._copy_to_read(key)
             self._begun.setdefault(key[0], {})[key] = copy
             self._host_pool.prefetch(key, copy, is_sure=sure)

@@ -12,9 +12,10 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from slimoe.offload.cache.disk_reader import DiskReader, Read
-from slimoe.offload.cache.host_pool import n_read_ahead
+from slimoe.offload.cache.host_pool import HostPool, n_read_ahead
 from slimoe.offload.cache.host_slots import Bank
 from slimoe.offload.cache.policy import POLICIES
+from slimoe.offload.cache.residency import Key
 from slimoe.offload.cache.slots import MAX_PREFETCH_DEPTH
 from slimoe.offload.engine import Engine
 from slimoe.offload.experts.host_graph import BankWork, ExpertGraphs, TokenShape
@@ -315,6 +316,32 @@ def test_a_tokens_experts_have_one_graph_wherever_in_their_pages_they_begin(
         for token, logits in zip(tokens, expected, strict=True):
             np.testing.assert_array_equal(engine.decode(token), logits)
     assert n_experts == [4] * 3 * len(tokens)
+
+
+@pytest.mark.parametrize("n_waiting", [0, 9])
+def test_a_busy_disk_is_asked_for_the_next_layer_alone(
+    directory: Path, n_waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(directory / f"busy-{n_waiting}.gguf", None, shape=TinyShape(n_layer=5, n_expert=8))
+    run, prefetch, at, ahead = MoEStep.run, HostPool.prefetch, 0, set[int]()
+
+    def watched_run(moe_step: MoEStep, segment: Segment, *rest: Any) -> None:
+        nonlocal at
+        at = segment.last
+        run(moe_step, segment, *rest)
+
+    def watched_prefetch(host_pool: HostPool, key: Key, *rest: Any, **named: Any) -> None:
+        ahead.add(key[0] - at)
+        prefetch(host_pool, key, *rest, **named)
+
+    monkeypatch.setattr(MoEStep, "run", watched_run)
+    monkeypatch.setattr(HostPool, "prefetch", watched_prefetch)
+    monkeypatch.setattr(DiskReader, "n_waiting", property(lambda reader: n_waiting))
+    with closing(tiered_engine(config(path), 0.5, 2)) as engine:
+        logits = [engine.decode(token).copy() for token in TOKENS[:20]]
+    assert ahead == ({1} if n_waiting else {1, 2})
+    with closing(resident_engine(config(path))) as engine:
+        np.testing.assert_array_equal(logits, [engine.decode(token).copy() for token in TOKENS[:20]])
 
 
 # --- what is multiplied ------------------------------------------------------------------------------------
