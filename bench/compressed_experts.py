@@ -26,7 +26,7 @@ from bench.models.random_checkpoint import write_random_checkpoint
 from bench.models.shapes import SHAPES
 from bench.quality.lab import Row, read_windows
 from slimoe.converter.budget.compressed_experts import CompressedSource, fit_compressed_experts
-from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.forward.texts import TextFile, read_texts
 from slimoe.converter.forward.windows import Windows, cut_windows
 from slimoe.converter.report.evaluation import Reference

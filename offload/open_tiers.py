@@ -303,7 +303,7 @@ class _Opening:
 
     def _host_vectors(self, first: DevicePart) -> HostVectors:
         """The biases and scales of cut layers, which the first part has if it is the host, and are loaded else."""
-        stacks: dict[int, tuple[int, ...]] = {}
+        stacks, none = dict[int, tuple[int, ...]](), (0,) * len(self._plan.spec.architecture.projections)
         store = None if first.layers else self._store(self._cpu)
         for index in self._cut:
             source, weights = self._plan.sources.layers[index], first.weights.layers[index]
@@ -311,7 +311,7 @@ class _Opening:
             if store is not None:
                 biases = tuple(store.weight(one, "copied") for one in source.expert_biases)
                 scales = tuple(store.weight(one, "copied") if one else 0 for one in source.expert_scales)
-            stacks[index] = (*(biases or (0, 0, 0)), *(scales or (0, 0, 0)))
+            stacks[index] = (*(biases or none), *(scales or none))
         return HostVectors(self._plan.spec.architecture.activation, stacks)
 
     # --- experts --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from bench.models.topics import topical_rows
-from slimoe.offload.ggml.ops import ggml_quantize_chunk
+from slimoe.offload.ggml.struct import ggml_quantize_chunk
 
 CHUNK = 256  # weights drawn from the pool at once: the longest block of any ggml type
 POOL_CHUNKS = 4096

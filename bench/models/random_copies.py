@@ -23,7 +23,8 @@ from bench.models.shapes import MODELS, model_named
 from bench.models.topics import STYLES
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.offload.errors import SlimoeError, UsageError
-from slimoe.offload.model.native_format import ALIGNMENT, PROJECTIONS, layout_metadata, stack_name
+from slimoe.offload.model.architecture import PROJECTIONS
+from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
 from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, model_tensors

@@ -30,7 +30,7 @@ from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.gguf.header import Value
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import CONVOLUTIONS, ModelTensor, model_tensors
+from slimoe.offload.model.tensor_list import RECURRENT_FLOATS, ModelTensor, model_tensors
 
 TYPES = (
     "F32",
@@ -80,7 +80,7 @@ class WeightTypes:
 
     def of(self, tensor: ModelTensor) -> GGMLQuantizationType:
         """The type of a matrix, or the one that llama.cpp takes in its place for rows that the type does not divide."""
-        if tensor.role in ("ffn_gate_inp", *CONVOLUTIONS) or tensor.name.endswith(".bias") or len(tensor.ne) == 1:
+        if tensor.role in ("ffn_gate_inp", *RECURRENT_FLOATS) or tensor.name.endswith(".bias") or len(tensor.ne) == 1:
             return GGMLQuantizationType.F32
         is_expert = tensor.role.endswith("_exps")
         kind = self.experts if is_expert else self.output if tensor.role == "output" else self.others

@@ -13,7 +13,7 @@ from slimoe.converter.budget.types import TypeAllocator, too_large
 from slimoe.converter.budget.widths import Narrower, all_narrowed, common_widths, may_narrow, with_chosen_widths
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.recipe.recipe import Recipe
-from slimoe.converter.source.model_source import ModelSource, expert_key
+from slimoe.converter.source.model_source import ModelSource, expert_width
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 from slimoe.offload.errors import DoesNotFitError, SlimoeError, UnsupportedModelError
@@ -158,7 +158,7 @@ def _counts(source: ModelSource) -> list[int]:
 def _are_alike(source: ModelSource) -> bool:
     """Whether the experts of each layer have as many neurons, so that they can be joined."""
     return all(
-        len({source.shapes[expert_key(block, "gate", expert)] for expert in range(layer.n_stored)}) <= 1
+        len({expert_width(source, block, expert) for expert in range(layer.n_stored)}) <= 1
         for block, layer in enumerate(source.layers)
     )
 

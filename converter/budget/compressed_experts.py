@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.budget.structure import Structure
-from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.forward.pass_time import pass_seconds
 from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream

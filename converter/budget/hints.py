@@ -10,7 +10,7 @@ from slimoe.converter.methods.constant_experts import constant_vectors
 from slimoe.converter.methods.expert_drop import Survivors
 from slimoe.converter.methods.gram_policy import gram_of_block
 from slimoe.converter.methods.layer_hints import SkipRules, hints_for, price_of_bytes, skip_ratio
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, expert_key
+from slimoe.converter.source.model_source import ModelSource, expert_key
 from slimoe.converter.stats.statistics import Double, Int, Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 
@@ -56,7 +56,7 @@ def with_hints(
                     costs.of(expert_key(layer.block, name, expert.members[0]), kind)
                     if kind.name in costs.types
                     else 0.0
-                    for name, kind in zip(PROJECTIONS, types, strict=True)
+                    for name, kind in zip(expert.projections, types, strict=True)
                 )
                 for types in (expert.types, expert.low_types)
                 if types is not None

@@ -18,7 +18,7 @@ from slimoe.converter.methods.expert_groups import groups_by_number, joined_grou
 from slimoe.converter.methods.merged_routes import keep_rows
 from slimoe.converter.quant.mixes import find_recipe, fitting_type
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key, expert_width
 from slimoe.converter.stats.type_costs import candidates
 from slimoe.offload.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from slimoe.offload.resources.memory import available_bytes, human
@@ -74,13 +74,13 @@ def _merged(source: ModelSource, recipe: Recipe, block: int) -> LayerPlan:
     if keep >= n_stored:
         problem = f"Merging down to {keep} experts merges none: layer {block} has {n_stored}."
         raise UsageError(f"{problem} Keep {n_used} to {n_stored - 1} with --keep-experts.")
-    widths = {source.shapes[expert_key(block, "gate", expert)][0] for expert in range(n_stored)}
+    widths = {expert_width(source, block, expert) for expert in range(n_stored)}
     if len(widths) > 1:
         problem = f"layer {block} has experts of {min(widths)} to {max(widths)} neurons, which cannot be merged."
         raise UnsupportedModelError(source.path, problem, "Merge experts of the model that it was made of.")
     target, is_native = source.layers[block].target, recipe.format == "native"
     groups = groups_by_number(n_stored, keep, 1 if is_native else source.spec.experts.n_group)
-    layer = replace(layer, experts=joined_groups(groups, (Type.F32,) * 3))
+    layer = replace(layer, experts=joined_groups(groups, layer.experts[0].types))
     routes = keep_rows(target, groups)
     if is_native:
         return replace(layer, rows=routes.rows, target=routes.target)
@@ -104,11 +104,11 @@ def _smallest(source: ModelSource, plan: CompressPlan, recipe: Recipe) -> Compre
             role: kind(block_key(index, role).name, source.shapes[block_key(layer.block, role)][-1])
             for role in layer.types
         }
-        gate, up, down = (
+        kinds_of_experts = tuple(
             kind(expert_key(index, name, 0).name, source.spec.n_ff if name == "down" else n_embd)
-            for name in PROJECTIONS
+            for name in source.spec.architecture.projections
         )
-        experts = tuple(replace(expert, types=(gate, up, down)) for expert in layer.experts)
+        experts = tuple(replace(expert, types=kinds_of_experts) for expert in layer.experts)
         layers.append(replace(layer, types=types, experts=experts))
     output = None if plan.output_type is None else kind(_OUTPUT, n_embd)
     return replace(plan, layers=tuple(layers), token_type=kind(_TOKENS, n_embd), output_type=output)

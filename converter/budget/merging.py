@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, read_expert
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer, Sequences, Stream, rows_by_expert
 from slimoe.converter.layout.plan import MERGED, CompressPlan, ExpertPlan, LayerPlan
@@ -237,7 +238,7 @@ class _LayerTokens(Observer):
         It is the first member, without error, if no token selected any.
         """
         experts = [read_expert(self.source, self.layer, member) for member in plan.members]
-        n_ff = len(experts[0].gate.weight)
+        n_ff = len(experts[0].up.weight)
         with torch.no_grad():
             weight, wanted = self._answers(plan.members, experts)
             if not weight.any():
@@ -273,8 +274,8 @@ class _LayerTokens(Observer):
 
     def _candidates(self, expert: Expert, n: int) -> Tensor:
         """The best `n` neurons of an expert by itself, ascending, on any tokens of the layer; all if it has no more."""
-        if n >= len(expert.gate.weight):
-            return torch.arange(len(expert.gate.weight))
+        if n >= len(expert.up.weight):
+            return torch.arange(len(expert.up.weight))
         covariance = hidden_sums(expert, torch.cat(self.inputs)).covariance()
         return torch.from_numpy(trim(expert.down.weight.numpy(), covariance, [n])[0].kept)
 

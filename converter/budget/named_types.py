@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.converter.layout.layer import ROUTER, Matrix, fitted_types, matrix_width, type_bits
+from slimoe.converter.layout.layer import ROUTER, Matrix, fitted_types, matrix_width, row_lengths, type_bits
 from slimoe.converter.layout.offsets import FileLayout
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan
 from slimoe.converter.quant.mixes import find_recipe, fits, fitting_type, layer_and_role
 from slimoe.converter.quant.quantize import needs_importance
 from slimoe.converter.quant.unfit_types import TypedMatrix, check_fits, copies_advice, typed
 from slimoe.converter.recipe.recipe import DEFAULT_EXPERT, Recipe
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key
 from slimoe.converter.stats.type_costs import LOSSLESS, TypeCosts
 from slimoe.offload.errors import UsageError
 
@@ -42,7 +42,7 @@ def with_named_types(
         matrices.append(typed(name, n_per_row, named))
         return matrices[-1].type
 
-    n_embd = source.spec.n_embd
+    n_embd, projections = source.spec.n_embd, source.spec.architecture.projections
     token, output = kind(_TOKENS, n_embd), kind(_OUTPUT, n_embd) if MatrixKey(_OUTPUT) in source.shapes else None
     layers = []
     for index, layer in enumerate(plan.layers):
@@ -52,10 +52,9 @@ def with_named_types(
         }
         experts = []
         for number, expert in enumerate(layer.experts):
-            rows = (n_embd, n_embd, matrix_width(source, layer.block, expert))
-            named = zip(PROJECTIONS, rows, strict=True)
-            gate, up, down = (kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
-            experts.append(replace(expert, types=(gate, up, down)))
+            named = zip(projections, row_lengths(source, layer.block, expert), strict=True)
+            kinds = tuple(kind(expert_key(index, name, number).name, n_per_row) for name, n_per_row in named)
+            experts.append(replace(expert, types=kinds))
         layers.append(replace(layer, types=types, experts=tuple(experts)))
     check_fits(source.path, source.spec, asked, base, matrices, has_copies=has_copies)
     return replace(plan, layers=tuple(layers), token_type=token, output_type=output)
@@ -65,8 +64,8 @@ def with_low_copies(source: ModelSource, plan: CompressPlan, wanted: Wanted) -> 
     """The plan with second copies of all experts whose first ones are larger."""
 
     def with_copy(index: int, block: int, expert: ExpertPlan) -> ExpertPlan:
-        gate, up, down = (wanted(expert_key(index, name, 0).name, 1) or Type.F32 for name in PROJECTIONS)
-        types = fitted_types(source, block, expert, (gate, up, down))
+        names = (expert_key(index, name, 0).name for name in source.spec.architecture.projections)
+        types = fitted_types(source, block, expert, tuple(wanted(name, 1) or Type.F32 for name in names))
         return replace(expert, low_types=types if type_bits(types) < type_bits(expert.types) else None)
 
     layers = (
@@ -139,7 +138,7 @@ def check_width(source: ModelSource, recipe: Recipe, width: int) -> None:
     """
     for block, layer in enumerate(source.layers):
         for expert in range(layer.n_stored):
-            n_ff, _ = source.shapes.get(expert_key(block, "gate", expert), (width, 0))
+            n_ff, _ = source.shapes.get(expert_key(block, "up", expert), (width, 0))
             if n_ff < width:
                 problem = f"--width is {width}, but experts of layer {block} have {n_ff} neurons"
                 raise UsageError(f"{problem}. Choose 1 to {n_ff}, or a size, which narrows each expert by itself.")
@@ -183,7 +182,7 @@ def are_priced(plan: CompressPlan, costs: TypeCosts) -> bool:
         (expert_key(layer.block, name, member), kind)
         for layer in plan.layers
         for expert in layer.experts
-        for name, kind in zip(PROJECTIONS, expert.low_types or (), strict=False)
+        for name, kind in zip(expert.projections, expert.low_types or (), strict=False)
         for member in expert.members
     ]
     pairs = (pair for pair in (*_plan_types(plan, outer), *seconds) if pair[0] in costs.costs)
@@ -196,7 +195,7 @@ def _plan_types(plan: CompressPlan, outer: Mapping[MatrixKey, Type | None]) -> I
     for layer in plan.layers:
         yield from ((block_key(layer.block, role), kind) for role, kind in layer.types.items())
         for expert in layer.experts:
-            for name, kind in zip(PROJECTIONS, expert.types, strict=True):
+            for name, kind in zip(expert.projections, expert.types, strict=True):
                 yield from ((expert_key(layer.block, name, member), kind) for member in expert.members)
 
 

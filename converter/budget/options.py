@@ -15,13 +15,13 @@ from gguf import GGMLQuantizationType as Type
 
 from slimoe.converter.budget.knapsack import Group, Option, Part
 from slimoe.converter.budget.widths import Narrower, may_narrow, narrowed, type_share, width_costs
-from slimoe.converter.layout.layer import fitted_types, is_attention, matrix_width
+from slimoe.converter.layout.layer import fitted_types, is_attention, matrix_width, row_lengths
 from slimoe.converter.layout.plan import ExpertPlan, LayerPlan, Types
 from slimoe.converter.methods.constant_experts import constant_costs
 from slimoe.converter.methods.removal import TOGETHER, attention_removals, layer_removals
 from slimoe.converter.quant.mixes import fitting_type
 from slimoe.converter.recipe.recipe import Recipe
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, block_key, expert_key, expert_width
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 
@@ -93,7 +93,7 @@ class OptionParts:
         return of_ffn + sorted(of_attention, key=lambda group: group.cost)
 
     def _stack_parts(self, index: int, layer: LayerPlan) -> Iterable[Part]:
-        for number, projection in enumerate(PROJECTIONS if layer.experts else ()):
+        for number, projection in enumerate(layer.experts[0].projections if layer.experts else ()):
             options = [
                 Option(
                     kind,
@@ -108,52 +108,53 @@ class OptionParts:
         free = self._replaceable(layer) if self._recipe.free_constants else {}
         narrower = width_costs(self._statistics.layers[layer.block]) if self._may_narrow else {}
         for number, expert in enumerate(layer.experts):
-            options = [Option(types, n_bytes, cost) for types, n_bytes, cost in self._triples(layer, expert)]
+            options = [Option(types, n_bytes, cost) for types, n_bytes, cost in self._typed(layer, expert)]
             for width, costs in narrower.items() if expert.kept is None else ():
                 own = float(costs[expert.members[0]])
-                for types, n_bytes, cost in self._triples(layer, narrowed(expert, width)):
+                for types, n_bytes, cost in self._typed(layer, narrowed(expert, width)):
                     options.append(Option(Narrower(types, width), n_bytes, cost + own))
             if number in free:
                 options.append(Option(CONSTANT, 4 * self._source.spec.n_embd, free[number]))
             yield Part((index, number), tuple(options), index)
 
-    def _triples(self, layer: LayerPlan, expert: ExpertPlan) -> Iterable[tuple[Types, int, float]]:
+    def _typed(self, layer: LayerPlan, expert: ExpertPlan) -> Iterable[tuple[Types, int, float]]:
         """The types that an expert can have, with its bytes and what they cost."""
-        low_bytes = 0
+        low_bytes, names = 0, expert.projections
         if self._recipe.types.low is not None:
-            low = Type[self._recipe.types.low]
-            lows = zip(PROJECTIONS, fitted_types(self._source, layer.block, expert, (low, low, low)), strict=True)
+            low = (Type[self._recipe.types.low],) * len(names)
+            lows = zip(names, fitted_types(self._source, layer.block, expert, low), strict=True)
             low_bytes = sum(self._bytes(layer, expert, projection, kind) for projection, kind in lows)
-        triples = self._neighbours(layer, expert)
+        choices = self._neighbours(layer, expert)
         single = {
             pair: (self._bytes(layer, expert, *pair), self._cost(layer, expert, *pair))
-            for pair in {pair for types in triples for pair in zip(PROJECTIONS, types, strict=True)}
+            for pair in {pair for types in choices for pair in zip(names, types, strict=True)}
         }
-        for types in triples:
-            pairs = [single[pair] for pair in zip(PROJECTIONS, types, strict=True)]
+        for types in choices:
+            pairs = [single[pair] for pair in zip(names, types, strict=True)]
             yield types, low_bytes + sum(n_bytes for n_bytes, _ in pairs), sum(cost for _, cost in pairs)
 
     def _neighbours(self, layer: LayerPlan, expert: ExpertPlan) -> list[Types]:
-        """Triples of types of which none is more than a step larger than another.
+        """The types of an expert's matrices of which none is more than a step larger than another.
 
         A matrix that cannot have the type of a step has the next larger one.
         """
         if self._recipe.types.expert is not None:
             kind = Type[self._recipe.types.expert]
-            return [fitted_types(self._source, layer.block, expert, (kind, kind, kind))]
+            return [fitted_types(self._source, layer.block, expert, (kind,) * len(expert.projections))]
         fitting = self._expert_types(layer, expert)
         steps = sorted(dict.fromkeys(kind for kinds in fitting for kind in kinds), key=_bits)
-        gates, ups, downs = (
+        by_matrix = [
             # The type of the step, or the first one, the smallest first, with as many bits.
             [
                 step if step in kinds else next((one for one in kinds if _bits(one) >= _bits(step)), kinds[-1])
                 for step in steps
             ]
             for kinds in fitting
-        )
-        numbers = product(range(len(steps)), repeat=3)
-        near = ((i, j, k) for i, j, k in numbers if max(i, j, k) - min(i, j, k) < 2)
-        return list(dict.fromkeys((gates[i], ups[j], downs[k]) for i, j, k in near))
+        ]
+        numbers = product(range(len(steps)), repeat=len(by_matrix))
+        near = (some for some in numbers if max(some) - min(some) < 2)
+        found = (tuple(kinds[n] for kinds, n in zip(by_matrix, some, strict=True)) for some in near)
+        return list(dict.fromkeys(found))
 
     def _options(self, key: MatrixKey, named: str | None) -> tuple[Option, ...]:
         shape = self._source.shapes[key]
@@ -161,11 +162,11 @@ class OptionParts:
         return tuple(Option(kind, _n_bytes(shape, kind), self._price(key, kind)) for kind in types)
 
     def _expert_types(self, layer: LayerPlan, expert: ExpertPlan) -> list[list[Type]]:
-        """What each of the three matrices can have."""
-        n_embd, width = self._source.spec.n_embd, matrix_width(self._source, layer.block, expert)
+        """What each of an expert's matrices can have."""
+        lengths = row_lengths(self._source, layer.block, expert)
         return [
             self._fitting(expert_key(layer.block, projection, expert.members[0]), n_per_row)
-            for projection, n_per_row in zip(PROJECTIONS, (n_embd, n_embd, width), strict=True)
+            for projection, n_per_row in zip(expert.projections, lengths, strict=True)
         ]
 
     def _fitting(self, key: MatrixKey, n_per_row: int) -> list[Type]:
@@ -181,7 +182,7 @@ class OptionParts:
     def _cost(self, layer: LayerPlan, expert: ExpertPlan, projection: str, kind: Type) -> float:
         """Of merged experts all that read the mean; of narrower ones the part that is left."""
         keys = [expert_key(layer.block, projection, member) for member in expert.members]
-        whole = self._source.shapes[expert_key(layer.block, "gate", expert.members[0])][0]
+        whole = expert_width(self._source, layer.block, expert.members[0])
         width = matrix_width(self._source, layer.block, expert)
         part = width / whole
         if width < whole and len(keys) == 1:

@@ -40,8 +40,6 @@ from slimoe.converter.stats.statistics import RouterSums, Statistics
 from slimoe.offload.errors import UsageError
 from slimoe.offload.model.tensor_list import layer_tensors
 
-_OPEN: Types = (Type.F32, Type.F32, Type.F32)
-
 Progress = Callable[[int, int], None]
 
 
@@ -73,7 +71,8 @@ def whole_layer(source: ModelSource, block: int, survivors: Survivors | None = N
     """A layer with all of its parts, or with these experts; its constants are the source's own."""
     layer = source.layers[block]
     kept = survivors or redirect(layer.target, range(layer.n_stored))
-    experts = tuple(ExpertPlan((expert,), _OPEN) for expert in kept.experts)
+    types_of_experts: Types = (Type.F32,) * len(source.spec.architecture.projections)
+    experts = tuple(ExpertPlan((expert,), types_of_experts) for expert in kept.experts)
     roles = (tensor.role for tensor in layer_tensors(source.spec, block) if tensor.role not in FLOATS)
     matrices = [role for role in roles if len(source.shapes.get(block_key(block, role), ())) > 1]
     types = dict.fromkeys(matrices, Type.F32)
@@ -233,11 +232,13 @@ class _Builder:
         result = []
         for block, groups in zip(blocks, found, strict=True):
             # Neurons that were permuted apart are aligned for M-SMoE and for outputs' clusters alike.
+            whole = whole_layer(self.source, block)
+            types_of_experts = whole.experts[0].types
             if how == "neurons":
-                experts = joined_groups(groups, _OPEN)
+                experts = joined_groups(groups, types_of_experts)
             else:
-                experts = plan_groups(self.source, block, groups, [_OPEN] * len(groups.members))
-            result.append(self._routed(replace(whole_layer(self.source, block), experts=experts), groups))
+                experts = plan_groups(self.source, block, groups, [types_of_experts] * len(groups.members))
+            result.append(self._routed(replace(whole, experts=experts), groups))
         return result
 
     def _routed(self, layer: LayerPlan, groups: ExpertGroups) -> LayerPlan:

@@ -15,7 +15,7 @@ from slimoe.converter.budget.widths import Narrower, narrowed
 from slimoe.converter.layout.offsets import PlanSize
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
 from slimoe.converter.recipe.recipe import Recipe
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource
+from slimoe.converter.source.model_source import ModelSource
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.stats.type_costs import TypeCosts
 from slimoe.offload.errors import DoesNotFitError
@@ -95,7 +95,7 @@ class TypeAllocator:
             if index in found.given_up:
                 one = without_ffn(layer)
             elif layer.experts:
-                stacks = tuple(chosen.get((index, name)) for name in PROJECTIONS)
+                stacks = tuple(chosen.get((index, name)) for name in layer.experts[0].projections)
                 is_stock, numbers = self._recipe.format == "stock", range(len(layer.experts))
                 one = self._with_types(layer, [stacks if is_stock else chosen[index, number] for number in numbers])
             if (ATTENTION, index) in found.given_up:

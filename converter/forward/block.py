@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
-from slimoe.converter.forward.aux_experts import AuxVectors
 from slimoe.converter.forward.block_end import BlockEnd
+from slimoe.converter.forward.expert import AuxVectors, Expert, Linear, SharedExpert
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
-from slimoe.converter.forward.recurrent import DeltaNet, ShortConv
+from slimoe.converter.forward.recurrent import DeltaNet, Mamba2, ShortConv
 from slimoe.converter.forward.rotation import angles_of, rotate
 from slimoe.converter.forward.routing import Router
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.source.model_source import (
-    PROJECTIONS,
     MatrixKey,
     ModelSource,
     block_key,
@@ -29,21 +28,8 @@ from slimoe.converter.source.model_source import (
     expert_key,
     vectors_key,
 )
-from slimoe.offload.model.architecture import Activation
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A matrix [n_out, n_in] and its bias [n_out], if any."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product with rows [n, n_in]."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,71 +59,8 @@ class Attention:
     post_norm: Norm | None = field(default=None, kw_only=True)
 
 
-Mixer = Attention | DeltaNet | ShortConv
+Mixer = Attention | DeltaNet | Mamba2 | ShortConv
 """What mixes the tokens of a sequence in a layer."""
-
-
-_OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
-"""The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
-
-
-def activate(gate: Tensor, up: Tensor, activation: Activation = "swiglu") -> Tensor:
-    """The activations [n, n_ff] of an expert from its products with gate and up."""
-    if activation == "swiglu":
-        return torch.nn.functional.silu(gate) * up
-    if activation == "geglu":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
-    gate, up = gate.clamp(max=_OAI_LIMIT), up.clamp(-_OAI_LIMIT, _OAI_LIMIT)
-    return gate * (_OAI_ALPHA * gate).sigmoid() * (up + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """The matrices of one expert, or of a dense feed-forward part, and what joins gate and up."""
-
-    gate: Linear
-    up: Linear
-    down: Linear
-    activation: Activation = field(default="swiglu", kw_only=True)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """The activations [n, n_ff] that `down` reads."""
-        return activate(self.gate(x), self.up(x), self.activation)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output [n, n_embd]."""
-        return self.down(self.hidden(x))
-
-
-@dataclass(frozen=True, slots=True)
-class SharedExpert:
-    """An expert that every token passes. The product of `gate` [n_embd], if any, and the input gates its output.
-
-    One that does not read what the experts read has a `scale` [n_embd] of these inputs, `post_norm` is of its output.
-    """
-
-    expert: Expert
-    gate: Tensor | None = None
-    scale: Tensor | None = None
-    post_norm: Norm | None = None
-
-    def reads(self, x: Tensor) -> Tensor:
-        """Its input [n, n_embd] of that of the experts."""
-        return x if self.scale is None else x * self.scale
-
-    def output(self, x: Tensor, down: Tensor) -> Tensor:
-        """The output [n, n_embd] of its product with down, and the input that made it."""
-        output = self.weights(x) * down
-        return output if self.post_norm is None else self.post_norm(output)
-
-    def weights(self, x: Tensor) -> Tensor:
-        """What its output is multiplied with [n, 1]: 1 without a gate."""
-        return x.new_ones(len(x), 1) if self.gate is None else (x @ self.gate).sigmoid()[:, None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The output [n, n_embd] for the experts' input."""
-        read = self.reads(x)
-        return self.output(read, self.expert(read))
 
 
 def read_tensor(source: ModelSource, key: MatrixKey, device: str = "cpu") -> Tensor:
@@ -185,17 +108,19 @@ def read_attention(source: ModelSource, layer: int, device: str = "cpu") -> Mixe
     )
 
 
-def _read_recurrent(source: ModelSource, layer: int, device: str) -> DeltaNet | ShortConv:
+def _read_recurrent(source: ModelSource, layer: int, device: str) -> DeltaNet | Mamba2 | ShortConv:
     def read(role: str, kind: str = "weight") -> Tensor:
         return read_tensor(source, block_key(layer, role, kind), device)
 
     norm = _norm(source, layer, "attn_norm", device)
     if source.spec.architecture.recurrence == "short_conv":
         return ShortConv(norm, *(read(f"shortconv.{role}") for role in ("in_proj", "conv", "out_proj")))
+    common = read("ssm_conv1d"), read("ssm_a", "").flatten(), read("ssm_dt", "bias"), read("ssm_norm"), read("ssm_out")
+    if source.spec.architecture.recurrence == "mamba2":
+        return Mamba2(norm, read("ssm_in"), *common, read("ssm_conv1d", "bias"), read("ssm_d", "").flatten())
     roles = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
     inputs = {role: read(role) for role in roles if block_key(layer, role) in source.shapes}
-    taps, decay, step_bias = read("ssm_conv1d"), read("ssm_a", ""), read("ssm_dt", "bias")
-    return DeltaNet(norm, inputs, taps, decay, step_bias, read("ssm_norm"), read("ssm_out"))
+    return DeltaNet(norm, inputs, *common)
 
 
 def _read_latent(source: ModelSource, layer: int, device: str) -> Attention:
@@ -270,8 +195,9 @@ def read_output_norm(source: ModelSource, device: str = "cpu") -> Norm:
 
 def read_expert(source: ModelSource, layer: int, expert: int, device: str = "cpu") -> Expert:
     """A stored expert; raises ModelFileError."""
-    gate, up, down = (_expert_linear(source, layer, name, expert, device) for name in PROJECTIONS)
-    return Expert(gate, up, down, activation=source.spec.architecture.activation)
+    architecture = source.spec.architecture
+    linears = [_expert_linear(source, layer, name, expert, device) for name in architecture.projections]
+    return Expert.of(linears, architecture.activation)
 
 
 def _expert_linear(source: ModelSource, layer: int, projection: str, expert: int, device: str) -> Linear:
@@ -284,8 +210,9 @@ def _expert_linear(source: ModelSource, layer: int, projection: str, expert: int
 
 def read_dense(source: ModelSource, layer: int, device: str = "cpu") -> tuple[Norm, Expert]:
     """A dense layer's norm and feed-forward part; raises ModelFileError."""
-    ffn = Expert(*(_linear(source, layer, f"ffn_{name}", device) for name in PROJECTIONS))
-    return read_ffn_norm(source, layer, device), ffn
+    architecture = source.spec.architecture
+    linears = [_linear(source, layer, f"ffn_{name}", device) for name in architecture.projections]
+    return read_ffn_norm(source, layer, device), Expert.of(linears, architecture.activation)
 
 
 def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedExpert | None:
@@ -293,8 +220,9 @@ def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedE
     of = source.spec.architecture.shared
     if of is None or block_key(layer, f"ffn_down{of.suffix}") not in source.shapes:
         return None
-    linears = (_linear(source, layer, f"ffn_{name}{of.suffix}", device) for name in PROJECTIONS)
-    expert = Expert(*linears, activation=source.spec.architecture.activation)
+    architecture = source.spec.architecture
+    linears = [_linear(source, layer, f"ffn_{name}{of.suffix}", device) for name in architecture.projections]
+    expert = Expert.of(linears, architecture.activation)
     if of.width != "dense":
         return SharedExpert(expert, _optional(source, block_key(layer, "ffn_gate_inp_shexp"), device))
     own = _norm(source, layer, "ffn_norm", device).weight

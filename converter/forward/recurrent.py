@@ -1,7 +1,8 @@
-"""Layers that keep a state in place of attention, in torch: short convolutions and gated delta nets, as the engine's.
+"""Layers that keep a state in place of attention, in torch as in the engine: short convolutions, delta nets, Mamba-2.
 
-A delta net goes from chunk to chunk of a sequence. Within a chunk what its tokens write into the state follows from a
-triangular system, so that there are products of matrices in place of a step for each token (as in arXiv 2406.06484).
+A delta net and Mamba-2 go from chunk to chunk of a sequence, so that there are products of matrices in place of a step
+for each token. What the tokens of a chunk write into a delta net's state follows from a triangular system (arXiv
+2406.06484); Mamba-2's write what they are (arXiv 2405.21060).
 """
 
 from collections.abc import Mapping
@@ -82,6 +83,47 @@ class DeltaNet:
         return heads.repeat_interleave(n_each, 0) if spec.architecture.groups_heads else heads.repeat(n_each, 1, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A Mamba-2 mixer: `inputs` makes the gate, what is convolved with `taps` [n_channels, n_conv], and the sizes of
+    steps. `decay` and `step_bias` [n_rank], `output_norm` [n_group, n_inner / n_group] and `conv_bias` [n_channels] are
+    as in the file; `skip` [n_rank] is the part of the values that passes the state.
+    """
+
+    norm: Norm
+    inputs: Tensor
+    taps: Tensor
+    decay: Tensor
+    step_bias: Tensor
+    output_norm: Tensor
+    out: Tensor
+    conv_bias: Tensor
+    skip: Tensor
+
+    def run(self, spec: ModelSpec, h: Tensor) -> AttentionPass:
+        """The pass over one sequence [n, n_embd] from its first token on."""
+        of, x, n = spec.recurrent, self.norm(h), len(h)
+        assert of is not None
+        every = x @ self.inputs.T
+        gate, columns, steps = every.split((of.n_inner, of.n_channels, of.n_rank), -1)
+        mixed = torch.nn.functional.silu(convolve(columns, self.taps) + self.conv_bias)
+        n_key = of.n_group * of.n_state
+        values, keys, queries = mixed.split((of.n_inner, n_key, n_key), -1)
+        values = values.view(n, of.n_rank, -1).transpose(0, 1)
+        keys, queries = (
+            part.view(n, of.n_group, -1).transpose(0, 1).repeat_interleave(of.n_rank // of.n_group, 0)
+            for part in (keys, queries)
+        )
+        steps = torch.nn.functional.softplus(steps + self.step_bias).T
+        heads = decayed_sums(queries, keys, values * steps[..., None], self.decay[:, None] * steps)
+        heads = heads + self.skip[:, None, None] * values
+        gated = torch.nn.functional.silu(gate) * heads.transpose(0, 1).flatten(1)
+        normed = rms_norm(gated.view(n, of.n_group, -1), self.output_norm, spec.rms_eps).flatten(1)
+        output = normed @ self.out.T
+        reads, products = {"ssm_in": x, "ssm_out": normed}, {"ssm_in": every, "ssm_out": output}
+        return AttentionPass(spec.multipliers.residual * output, h.new_zeros(n), reads, products)
+
+
 def convolve(columns: Tensor, taps: Tensor) -> Tensor:
     """The causal convolution of each channel [n, n_channels] with its `taps` [n_channels, n_conv]."""
     n_channels, n_conv = taps.shape
@@ -98,17 +140,39 @@ def delta_rule(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor, bet
     n_head, n, n_state = keys.shape
     state, outputs = values.new_zeros(n_head, n_state, n_state), []
     for begin in range(0, n, CHUNK):
-        q, k, v, g, b = (one[:, begin : begin + CHUNK] for one in (queries, keys, values, decay, beta))
-        # Their differences are small where the sums are large.
-        passed, b = g.double().cumsum(1), b[..., None]
-        # What is left at a token (row) of what one before it (column) wrote.
-        lasting = (passed[..., None] - passed[:, None]).tril().exp().tril().float()
-        since = passed.exp()[..., None].float()
+        q, k, v, g, b = (one[:, begin : begin + CHUNK] for one in (queries, keys, values, decay, beta[..., None]))
+        lasting, since = _left_of(g)
         system = torch.eye(q.shape[1], device=q.device) + (b * lasting * (k @ k.mT)).tril(-1)
         written = torch.linalg.solve_triangular(system, b * (v - since * (k @ state)), upper=False, unitriangular=True)
         outputs.append(since * (q @ state) + (lasting * (q @ k.mT)) @ written)
         state = since[:, -1:] * state + (lasting[:, -1:].mT * k).mT @ written
     return torch.cat(outputs, 1)
+
+
+def decayed_sums(queries: Tensor, keys: Tensor, values: Tensor, decay: Tensor) -> Tensor:
+    """What heads [n_head, n, n_value] read from a state that begins with zeros.
+
+    For each token the state S [n_state, n_value] is multiplied with the exponential of its `decay` [n_head, n], and
+    k v^T is added for its key k [n_state] and value v [n_value]; its query q then reads S^T q.
+    """
+    n_head, n, n_state = keys.shape
+    state, outputs = values.new_zeros(n_head, n_state, values.shape[-1]), []
+    for begin in range(0, n, CHUNK):
+        q, k, v, g = (one[:, begin : begin + CHUNK] for one in (queries, keys, values, decay))
+        lasting, since = _left_of(g)
+        outputs.append(since * (q @ state) + (lasting * (q @ k.mT)) @ v)
+        state = since[:, -1:] * state + (lasting[:, -1:].mT * k).mT @ v
+    return torch.cat(outputs, 1)
+
+
+def _left_of(decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left at a token (row) of what one before it (column) wrote, and of the state before the chunk, by the
+    `decay` [n_head, n] of a chunk's tokens: [n_head, n, n] and [n_head, n, 1].
+    """
+    # Their differences are small where the sums are large.
+    passed = decay.double().cumsum(1)
+    lasting = (passed[..., None] - passed[:, None]).tril().exp().tril().float()
+    return lasting, passed.exp()[..., None].float()
 
 
 def _unit(heads: Tensor, eps: float) -> Tensor:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
-    Expert,
-    SharedExpert,
     attend,
     read_attention,
     read_aux_vectors,
@@ -28,6 +26,7 @@ from slimoe.converter.forward.block import (
     read_tensor,
 )
 from slimoe.converter.forward.block_end import BlockEnd
+from slimoe.converter.forward.expert import Expert, SharedExpert
 from slimoe.converter.forward.head import read_head
 from slimoe.converter.forward.norms import Norm
 from slimoe.converter.forward.routing import Router, Routing, route

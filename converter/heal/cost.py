@@ -73,10 +73,11 @@ def _values_of_layer(spec: ModelSpec, n_longest: int) -> int:
 
 
 def _values_of_recurrence(spec: ModelSpec, recurrent: RecurrentSpec) -> int:
-    """The same of a recurrent layer: what its convolution and its heads read, and of a delta net's chunks what tokens
-    mean for each other, and the state.
+    """The same of a recurrent layer: what its convolution and its heads read, and of the chunks of a delta net or of
+    Mamba-2 what tokens mean for each other, and the state.
     """
-    per_head = 12 * recurrent.n_state + 6 * CHUNK + 3 * recurrent.n_state**2 // CHUNK
+    n_value = recurrent.n_inner // max(1, recurrent.n_rank)
+    per_head = 6 * (recurrent.n_state + n_value) + 6 * CHUNK + 3 * recurrent.n_state * n_value // CHUNK
     return 12 * spec.n_embd + 4 * recurrent.n_channels + recurrent.n_rank * per_head
 
 

@@ -67,6 +67,7 @@ def class_config(
         put(_DENSE_COUNTS, sizes.n_dense)
     if old.kinds:
         fields["layer_types"] = list(old.kinds)
+        fields.pop("layers_block_type", None)  # another name of the same
     _put_layers(fields, old, sizes.blocks)
     if old.n_layer_nextn:
         put(("num_nextn_predict_layers",), 0)

@@ -79,7 +79,7 @@ def lay_out_checkpoint(
     if family.nested is not None:
         problem = f"of a {class_name} the language model alone is read, and none is written."
         raise UnsupportedModelError(source.path, problem, "Write a GGUF file, without --hf.")
-    if family.architecture.has_window_heads:
+    if family.architecture.has_window_heads or family.architecture.has_single_parts:
         problem = f"no checkpoint of a {class_name} is written."
         raise UnsupportedModelError(source.path, problem, "Write a GGUF file, without --hf.")
     check_class(source, class_name, plan)

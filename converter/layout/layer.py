@@ -14,18 +14,25 @@ from numpy.typing import NDArray
 
 from slimoe.converter.layout.plan import CompressPlan, ExpertPlan, LayerPlan, Types
 from slimoe.converter.quant.mixes import fitting_type, layer_and_role
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, block_key, expert_key, vectors_key
+from slimoe.converter.source.model_source import (
+    MatrixKey,
+    ModelSource,
+    block_key,
+    expert_key,
+    expert_width,
+    vectors_key,
+)
 from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.model.expert_spec import LayerShape, dense_layer_keys
 from slimoe.offload.model.native_format import constants_name, stack_name
 from slimoe.offload.model.native_layout import LayerHints, NativeLayer
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, CONVOLUTIONS, ModelTensor
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, RECURRENT_FLOATS, ModelTensor
 
 QKV = ("attn_q", "attn_k", "attn_v")
 ROUTER, CHOICE_BIAS = "ffn_gate_inp", "exp_probs_b"
 """The roles of what has a row for each expert, and loses it with the expert."""
-FLOATS = (ROUTER, *CONVOLUTIONS)
-"""The roles of matrices that are always F32."""
+FLOATS = (ROUTER, *RECURRENT_FLOATS)
+"""The roles of what has two axes and is always F32."""
 
 
 def is_attention(role: str) -> bool:
@@ -74,10 +81,10 @@ class Matrix:
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing is multiplied with it: norms, biases, taps, and vectors that stand for experts."""
+        """Whether it is no matrix to multiply with: norms, biases, taps, and vectors that stand for experts."""
         stands_for_experts = any(f".{role}." in self.tensor for role in ("ffn_novice", AUX_GAIN, AUX_SHIFT))
-        is_taps = layer_and_role(self.tensor)[1] in CONVOLUTIONS
-        return self.is_vector or stands_for_experts or is_taps or not self.tensor.endswith(".weight")
+        is_float = layer_and_role(self.tensor)[1] in RECURRENT_FLOATS
+        return self.is_vector or stands_for_experts or is_float or not self.tensor.endswith(".weight")
 
 
 def source_matrix(source: ModelSource, key: MatrixKey, name: str, kind: Type, block: int = -1) -> Matrix:
@@ -94,21 +101,25 @@ def matrix_width(source: ModelSource, block: int, expert: ExpertPlan) -> int:
     """The number of an expert's neurons."""
     if expert.kept is not None:
         return len(expert.kept)
-    return source.shapes[expert_key(block, "gate", expert.members[0])][0]
+    return expert_width(source, block, expert.members[0])
 
 
 def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Types) -> Types:
     """The types of an expert's matrices where `types` are asked for: others stand in for what does not fit the rows."""
-    n_embd = source.spec.n_embd
-    rows = (n_embd, n_embd, matrix_width(source, block, expert))
-    gate, up, down = (fitting_type(kind, n_per_row) for kind, n_per_row in zip(types, rows, strict=True))
-    return gate, up, down
+    rows = row_lengths(source, block, expert)
+    return tuple(fitting_type(kind, n_per_row) for kind, n_per_row in zip(types, rows, strict=True))
+
+
+def row_lengths(source: ModelSource, block: int, expert: ExpertPlan) -> tuple[int, ...]:
+    """The length of the rows of each of an expert's matrices."""
+    n_inner = len(source.spec.architecture.projections) - 1
+    return (*[source.spec.n_embd] * n_inner, matrix_width(source, block, expert))
 
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
     """Router rows and width of the widest expert; of width 1 where there are constant experts only."""
-    if "ffn_gate" in layer.types and not layer.rows:
-        return LayerShape(0, source.shapes[block_key(layer.block, "ffn_gate")][0], layer.has_attention)
+    if "ffn_up" in layer.types and not layer.rows:
+        return LayerShape(0, source.shapes[block_key(layer.block, "ffn_up")][0], layer.has_attention)
     widths = [matrix_width(source, layer.block, expert) for expert in layer.experts]
     n_ff = max(widths, default=1) if layer.rows else 0
     return LayerShape(len(layer.rows), n_ff, layer.has_attention)
@@ -153,7 +164,7 @@ class LayerMatrices:
             return
         layout = native_layer(self.source, self.plan)
         for bucket in range(layout.n_bucket):
-            for projection in range(len(PROJECTIONS)):
+            for projection in range(len(self.source.spec.architecture.projections)):
                 for expert, copy, its_bucket, slot in layout.slots():
                     if its_bucket == bucket:
                         yield self._expert(expert, copy, projection, bucket, slot)
@@ -167,7 +178,7 @@ class LayerMatrices:
     def _vectors(self) -> Iterator[Matrix]:
         """The biases and scales of the experts' products."""
         plan = self.plan
-        for projection, kind in product(PROJECTIONS, ("bias", "scale")):
+        for projection, kind in product(self.source.spec.architecture.projections, ("bias", "scale")):
             key, name = vectors_key(plan.block, projection, kind), vectors_key(self.index, projection, kind).name
             if key not in self.source.shapes:
                 continue
@@ -205,7 +216,7 @@ class LayerMatrices:
         return replace(matrix, shape=shape, rows=None if rows == tuple(range(n_rows)) else rows)
 
     def _expert(self, number: int, copy: int, projection: int, bucket: int, slot: int) -> Matrix:
-        expert, name = self.plan.experts[number], PROJECTIONS[projection]
+        expert, name = self.plan.experts[number], self.source.spec.architecture.projections[projection]
         types = expert.low_types if copy else expert.types
         assert types
         key = expert_key(self.index, name, number)
@@ -234,7 +245,7 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
 
     Of the stock format this is what llama.cpp refuses or misreads; of the native one, what leaves too little.
     """
-    is_whole = plan.file_type is not None
+    is_whole, architecture = plan.file_type is not None, source.spec.architecture
     check_uncompressed(source)
     if not is_whole:
         if not source.spec.n_expert:
@@ -264,7 +275,8 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
     if plan.format == "stock" and windowed and any(windowed[block] != windowed[n] for n, block in enumerate(blocks)):
         problem = "layers would have sliding windows in another pattern than the stock format has."
         raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
-    if plan.format == "stock" and dense_layer_keys([layer_shape(source, layer) for layer in plan.layers]) is None:
+    shapes, has_key_of_each = [layer_shape(source, layer) for layer in plan.layers], architecture.has_single_parts
+    if plan.format == "stock" and not has_key_of_each and dense_layer_keys(shapes) is None:
         problem = "dense layers would lie among those with experts in a way that the stock format cannot say."
         raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
 
@@ -315,7 +327,7 @@ def _check_groups(source: ModelSource, layer: LayerPlan) -> None:
 
 
 def type_bits(types: Types) -> float:
-    """Bits per weight of an expert's matrices, added up over the three, which have as many weights each."""
+    """Bits per weight of an expert's matrices, added up over all of them, which have as many weights each."""
     return float(sum(8 * n_bytes / n for n, n_bytes in (GGML_QUANT_SIZES[kind] for kind in types)))
 
 
@@ -325,7 +337,10 @@ def _constants(layer: LayerPlan) -> range:
 
 def _stock_problems(source: ModelSource, first: LayerPlan, layer: LayerPlan) -> Iterator[str]:
     """Why llama.cpp would refuse or misread the layer: all are alike in everything but their types."""
-    if not layer.has_attention:
+    has_single_parts = source.spec.architecture.has_single_parts
+    if has_single_parts and layer.has_attention and not layer.has_ffn:
+        return
+    if not layer.has_attention and not (has_single_parts and layer.experts):
         yield "would be without attention"
     if layer_shape(source, layer).n_ff and not layer.rows:
         return

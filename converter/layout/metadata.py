@@ -17,7 +17,7 @@ from slimoe.converter.source.stored_model import StoredModel
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
-from slimoe.offload.model.architectures import DOTS1, LFM2MOE, OLMOE
+from slimoe.offload.model.architectures import DOTS1, GRANITEHYBRID, LFM2MOE, OLMOE
 from slimoe.offload.model.native_format import ALIGNMENT, layout_metadata
 from slimoe.offload.model.native_layout import NativeLayout
 from slimoe.offload.model.spec import ModelSpec
@@ -42,6 +42,9 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
         heads = f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries"
         name = spec.architecture.models
         return f"llama.cpp loads no {name} model with fewer heads of keys than of queries, and {heads}."
+    if spec.architecture is GRANITEHYBRID and spec.recurrent and spec.recurrent.n_inner != 2 * spec.n_embd:
+        name, n_values = spec.architecture.models, spec.recurrent.n_inner
+        return f"llama.cpp loads no {name} model whose Mamba-2 layers have {n_values} values, not {2 * spec.n_embd}."
     if spec.architecture is LFM2MOE and spec.n_head * spec.n_embd_head != spec.n_embd:
         name, n_values = spec.architecture.models, spec.n_head * spec.n_embd_head
         return (

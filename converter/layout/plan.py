@@ -9,13 +9,14 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.architecture import PROJECTIONS
 
 Format = Literal["stock", "native"]
 """stock: what an unmodified llama.cpp loads. native: our own format, which can hold all of this."""
 MERGED = "merged experts"
 """What an expected loss lacks until their neurons are chosen."""
-Types = tuple[GGMLQuantizationType, GGMLQuantizationType, GGMLQuantizationType]
-"""Of gate, up and down."""
+Types = tuple[GGMLQuantizationType, ...]
+"""Of an expert's matrices in the order of use: gate, where it has one, up and down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,11 @@ class ExpertPlan:
     neurons: tuple[NDArray[np.int64], ...] = ()
     kept: NDArray[np.int64] | None = None
     down: NDArray[np.float32] | None = None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The names of its matrices, which have a type each."""
+        return PROJECTIONS[-len(self.types) :]
 
     @property
     def is_joined(self) -> bool:

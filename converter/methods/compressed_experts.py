@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.aux_experts import AuxVectors, aux_shares
+from slimoe.converter.forward.expert import AuxVectors, aux_shares
 
 _RIDGES = (0.03, 0.3, 3.0)
 """What is added to the diagonal of the normal equations, in units of its mean over the experts."""

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimoe.converter.layout.plan import ExpertPlan
-from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey, ModelSource, expert_key, vectors_key
+from slimoe.converter.source.model_source import MatrixKey, ModelSource, expert_key, vectors_key
 from slimoe.converter.stats.statistics import Int, Single
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrices:
-    """`gate` and `up` [n_ff, n_embd], `down` [n_embd, n_ff]. A neuron is a row of gate and up and a column of down."""
+    """`gate` and `up` [n_ff, n_embd], `down` [n_embd, n_ff]. A neuron is a row of gate and up and a column of down.
+
+    Experts without a gate have rows of no elements, [n_ff, 0].
+    """
 
     gate: Single
     up: Single
@@ -44,10 +47,11 @@ def _square(values: Single) -> float:
 def read_matrices(source: ModelSource, layer: int, expert: int) -> ExpertMatrices:
     """Reads a stored expert of a model, its matrices multiplied by their scales, if any; raises ModelFileError."""
     matrices = []
-    for projection in PROJECTIONS:
+    for projection in source.spec.architecture.projections:
         values, key = source.read(expert_key(layer, projection, expert)), vectors_key(layer, projection, "scale")
         matrices.append(values * source.read(key)[expert] if key in source.shapes else values)
-    return ExpertMatrices(*matrices)
+    *gate, up, down = matrices
+    return ExpertMatrices(gate[0] if gate else up[:, :0], up, down)
 
 
 N_EXACT = 2048

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert
+from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.stream import Observer
 
 _ROWS_AT_ONCE = 4096
@@ -37,7 +37,7 @@ class HiddenSums:
 
 def hidden_sums(expert: Expert, x: Tensor) -> HiddenSums:
     """The sums over any inputs [n, n_embd] with expert weight 1, whether or not a token selected the expert."""
-    product = torch.zeros(len(expert.gate.weight), len(expert.gate.weight), device=expert.gate.weight.device)
+    product = torch.zeros(len(expert.up.weight), len(expert.up.weight), device=expert.up.weight.device)
     with torch.no_grad():
         for rows in x.split(_ROWS_AT_ONCE):
             hidden = expert.hidden(rows.to(product.device))

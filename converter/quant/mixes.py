@@ -88,7 +88,7 @@ _SHIELD = {
     **dict.fromkeys((f"attn_{role}" for role in ("k", "v", "kv_a_mqa", "k_b", "v_b", "kv_b")), always(Type.Q8_0)),
     "attn_output": always(Type.Q5_K),
     **dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_ba"), always(Type.Q8_0)),
-    **dict.fromkeys(("attn_qkv", "ssm_out", "shortconv.in_proj"), always(Type.Q6_K)),
+    **dict.fromkeys(("attn_qkv", "ssm_in", "ssm_out", "shortconv.in_proj"), always(Type.Q6_K)),
     **dict.fromkeys(("attn_gate", "shortconv.out_proj"), always(Type.Q5_K)),
     "nextn.eh_proj": always(Type.Q8_0),
 }

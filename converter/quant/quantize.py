@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slimoe.offload.errors import UsageError
 from slimoe.offload.ggml.library import I32, I64, Bool, Ptr, Size, c_function, open_library
-from slimoe.offload.ggml.ops import ggml_quantize_chunk, ggml_type_name
+from slimoe.offload.ggml.struct import ggml_quantize_chunk, ggml_type_name
 
 _BASE = open_library("ggml-base")
 _CPU = open_library("ggml-cpu")

@@ -17,7 +17,7 @@ from slimoe.converter.source.families import (
     gptoss,
     granite,
     hunyuan,
-    lfm,
+    hybrids,
     ling,
     llama,
     minimax,
@@ -41,7 +41,23 @@ from slimoe.offload.model.mtp_block import with_mtp_layer
 from slimoe.offload.model.tensor_list import check_tensors
 
 _FILES = (
-    *(llama, phi, qwen, olmoe, granite, ernie, hunyuan, minimax, glm, deepseek, gptoss, ling, qwen_next, lfm, gemma),
+    *(
+        llama,
+        phi,
+        qwen,
+        olmoe,
+        granite,
+        ernie,
+        hunyuan,
+        hybrids,
+        minimax,
+        glm,
+        deepseek,
+        gptoss,
+        ling,
+        qwen_next,
+        gemma,
+    ),
 )
 FAMILIES: dict[str, Family] = {name: family for file in _FILES for name, family in file.FAMILIES.items()}
 """The families that are read, by the name of their model class, `architectures` of config.json."""
@@ -91,8 +107,10 @@ def checkpoint_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
                 raise ModelFileError(path, f"tensor {name} is missing.", "Download the checkpoint again.")
     if not config.tie_word_embeddings and MatrixKey("output.weight") not in matrices:
         raise ModelFileError(path, "tensor lm_head.weight is missing.", "Download the checkpoint again.")
-    n_experts = [spec.layer_shape(layer).n_expert for layer in range(spec.n_layer)]
-    layers = tuple(SourceLayer(n_expert, tuple(range(n_expert))) for n_expert in n_experts)
+    shapes = [spec.layer_shape(layer) for layer in range(spec.n_layer)]
+    layers = tuple(
+        SourceLayer(one.n_expert, tuple(range(one.n_expert)), one.has_attention, bool(one.n_ff)) for one in shapes
+    )
     metadata: dict[str, Value] = {"general.type": "model", "general.name": path.resolve().name}
     card = path / "README.md"
     head = all_bytes(card)[:4096].decode("utf-8", "replace") if card.is_file() else ""

@@ -2,14 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from slimoe.converter.gguf.bytes import add_samples, read_bytes
-from slimoe.converter.source.model_source import PROJECTIONS, Blocks, MatrixKey, SourceLayer, constant_key, expert_key
+from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer, constant_key, expert_key
 from slimoe.converter.source.stored_model import StoredModel, no_mtp_block
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.errors import UnsupportedModelError
@@ -51,9 +51,9 @@ def gguf_source(path: Path, copy: int = 0, *, keeps_mtp: bool = False) -> Stored
         raise no_mtp_block(path)
     for weight in sources.whole:
         found[MatrixKey(weight.name)] = _matrix(gguf, weight)
-    layers = []
+    layers, projections = [], spec.architecture.projections
     for index, layer in enumerate(blocks):
-        found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, copy)}
+        found |= {key: _matrix(gguf, weight) for key, weight in _layer_weights(index, layer, projections, copy)}
         n_expert = layer.router.weight.ne[1] if layer.router else 0
         stored = len(layer.buckets.layout.buckets) if layer.buckets else n_expert
         target = layer.buckets.layout.target if layer.buckets else tuple(range(n_expert))
@@ -61,14 +61,16 @@ def gguf_source(path: Path, copy: int = 0, *, keeps_mtp: bool = False) -> Stored
     return StoredModel(path, spec, _digest(gguf), _metadata(gguf.metadata, path.stem), tuple(layers), found)
 
 
-def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple[MatrixKey, WeightSource]]:
+def _layer_weights(
+    index: int, layer: LayerSources, projections: Sequence[str], copy: int
+) -> Iterator[tuple[MatrixKey, WeightSource]]:
     for weight in (*layer.vectors, *(part for linear in layer.matrices for part in linear.parts)):
         yield MatrixKey(weight.name), weight
     if layer.buckets:
         layout, constants = layer.buckets.layout, layer.buckets.constants
         for expert, number, bucket, slot in layout.slots():
             if number == min(copy, len(layout.buckets[expert]) - 1):
-                for projection, stack in zip(PROJECTIONS, layer.buckets.buckets[bucket], strict=True):
+                for projection, stack in zip(projections, layer.buckets.buckets[bucket], strict=True):
                     yield expert_key(index, projection, expert), stacked_matrix(stack, slot)
         if constants:
             n_embd, n_constant = constants.ne
@@ -78,8 +80,8 @@ def _layer_weights(index: int, layer: LayerSources, copy: int) -> Iterator[tuple
     elif layer.router:
         assert layer.down is not None
         for expert in range(layer.router.weight.ne[1]):
-            matrices = *expert_matrices(layer.gate_up, expert), stacked_matrix(layer.down.weight, expert)
-            for projection, matrix in zip(PROJECTIONS, matrices, strict=True):
+            matrices = expert_matrices(layer.gate_up, layer.down, expert, len(projections))
+            for projection, matrix in zip(projections, matrices, strict=True):
                 yield expert_key(index, projection, expert), matrix
     else:
         for linear in (*layer.gate_up, *((layer.down,) if layer.down else ())):

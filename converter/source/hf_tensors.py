@@ -32,7 +32,9 @@ _EMBEDDINGS = MatrixKey("token_embd.weight")
 _WHOLE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.word_embeddings.weight": "token_embd.weight",
+    "model.embeddings.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
+    "model.norm_f.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
     "model.norm.bias": "output_norm.bias",
     "lm_head.bias": "output.bias",
@@ -100,7 +102,7 @@ def checkpoint_matrices(
         if any(".nextn." in key.name and not key.name.startswith(own_block) for key in made):
             raise _without_place(name, stored)
         found |= made
-    if spec.architecture.rope is RopeType.NORM and not family.rotates_neighbours:
+    if spec.rope.n_rot and spec.architecture.rope is RopeType.NORM and not family.rotates_neighbours:
         for key, matrix in found.items():
             if key.name.split(".")[-2] in ("attn_q", "attn_k"):
                 found[key] = replace(matrix, rows=RotatedRows(matrix.rows, spec.n_embd_head))

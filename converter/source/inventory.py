@@ -20,7 +20,8 @@ from slimoe.offload.errors import SlimoeError
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.foreign_file import foreign_model
 from slimoe.offload.gguf.header import GGUFFile, Value, read_gguf
-from slimoe.offload.model.native_format import PROJECTIONS, read_layout, stack_name
+from slimoe.offload.model.architecture import PROJECTIONS
+from slimoe.offload.model.native_format import read_layout, stack_name
 from slimoe.offload.model.native_layout import NO_HINTS, NativeLayout
 from slimoe.offload.model.spec import NATIVE, ModelSpec
 

@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.architecture import PROJECTIONS as PROJECTIONS
 from slimoe.offload.model.native_format import constants_name
 from slimoe.offload.model.spec import ModelSpec
-
-PROJECTIONS = ("gate", "up", "down")
-"""An expert's matrices, in the order of use."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,6 +54,11 @@ def constant_key(layer: int, number: int) -> MatrixKey:
 def block_key(layer: int, role: str, kind: str = "weight") -> MatrixKey:
     """A block's matrix or vector outside the experts, such as attn_q; some vectors have names without a `kind`."""
     return MatrixKey(f"blk.{layer}.{role}.{kind}" if kind else f"blk.{layer}.{role}")
+
+
+def expert_width(source: "ModelSource", layer: int, expert: int) -> int:
+    """The number of a stored expert's neurons."""
+    return source.shapes[expert_key(layer, "up", expert)][0]
 
 
 def shared_suffix(source: "ModelSource", layer: int) -> str:
@@ -158,7 +161,7 @@ def active_weights(source: ModelSource) -> int:
     for block, layer in enumerate(source.layers):
         for expert in layer.target:
             parts = (
-                [expert_key(block, projection, expert) for projection in PROJECTIONS]
+                [expert_key(block, projection, expert) for projection in spec.architecture.projections]
                 if expert >= 0
                 else [constant_key(block, -1 - expert)]
             )

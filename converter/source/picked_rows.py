@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,42 @@ class ChangedRows(RowsOfOthers):
     def read(self, first: int, n_rows: int) -> Values:
         """Reads rows and changes their values; raises ModelFileError."""
         return np.ascontiguousarray(self.change(self.rows.read(first, n_rows)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldedRows:
+    """The elements of a vector as `n_rows` rows, all of one length."""
+
+    vector: StoredRows
+    n_rows: int
+    step: int = 1
+    blocks: Blocks | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor, for messages."""
+        return self.vector.name
+
+    @property
+    def path(self) -> Path:
+        """The file that the tensor lies in."""
+        return self.vector.path
+
+    @property
+    def n_per_row(self) -> int:
+        """The number of elements in a row."""
+        return self.vector.n_per_row // self.n_rows
+
+    def read(self, first: int, n_rows: int) -> Values:
+        """Reads the vector, and gives some of its rows; raises ModelFileError."""
+        return self.vector.read(0, 1).reshape(self.n_rows, -1)[first : first + n_rows]
+
+
+def folded(stored: StoredMatrix, n_rows: int) -> StoredMatrix:
+    """A vector as a matrix of so many rows; one of another length as it is, to be refused by its shape."""
+    if len(stored.shape) != 1 or stored.shape[0] % n_rows:
+        return stored
+    return StoredMatrix((n_rows, stored.shape[0] // n_rows), FoldedRows(stored.rows, n_rows))
 
 
 def picked_rows(stored: StoredMatrix, order: Order) -> StoredMatrix:

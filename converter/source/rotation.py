@@ -40,6 +40,8 @@ def read_rotation(path: Path, config: ModelConfig, architecture: Architecture) -
 
     `path` is that of config.json.
     """
+    if config.n_rot == 0:
+        return Rotation(RopeSpec(0, config.max_position_embeddings))
     return _Reader(path, config, architecture).read()
 
 

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.block import (
-    Expert,
     Mixer,
-    SharedExpert,
-    activate,
     attend,
     read_attention,
     read_dense,
@@ -21,12 +18,13 @@ from slimoe.converter.forward.block import (
     read_tensor,
 )
 from slimoe.converter.forward.block_end import BlockEnd
+from slimoe.converter.forward.expert import Expert, SharedExpert, activate
 from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.norms import Norm
 from slimoe.converter.forward.routing import Router, Routing, route
 from slimoe.converter.forward.stream import HiddenStates, Sequences, rows_by_expert
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, constant_key, expert_key, shared_suffix
+from slimoe.converter.source.model_source import ModelSource, constant_key, expert_key, shared_suffix
 from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Squares
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single, has_plain_attention
@@ -35,6 +33,12 @@ from slimoe.offload.errors import BadLogitsError
 _ROWS_AT_ONCE = 4096
 _PLAIN = {"attn_q": "q", "attn_k": "k", "attn_v": "v"}
 """The fields of `Sensitivity` of the matrices that plain attention has."""
+
+
+def _products(expert: Expert, x: Tensor) -> list[Tensor]:
+    """The products of an expert's matrices, in the order of use, for its input [n, n_embd]."""
+    inner = [linear(x) for linear in expert.inner]
+    return [*inner, expert.down(activate(inner, expert.activation))]
 
 
 def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,7 +65,7 @@ class Backward:
         partial: PartialBackward | None = None,
     ) -> None:
         self.source, self.sequences, self.states, self.device = source, sequences, states, device
-        self._partial = partial
+        self._partial, self._projections = partial, source.spec.architecture.projections
         self._buffers = [HiddenStates(sequences.n_rows, source.spec.n_embd, directory) for _ in range(3)]
         self._gradient, self._middle, self._by_input = (buffer.rows for buffer in self._buffers)
         self._squares = [Squares() for _ in range(source.spec.n_layer)]
@@ -196,9 +200,8 @@ class Backward:
             experts, products, always = total[rows].to(self.device).requires_grad_(), list[Tensor](), None
             if shared is not None:
                 read = shared.reads(router.norm(middle))
-                gate, up = shared.expert.gate(read), shared.expert.up(read)
-                down = shared.expert.down(activate(gate, up, shared.expert.activation))
-                products, always = [gate, up, down], shared.output(read, down)
+                products = _products(shared.expert, read)
+                always = shared.output(read, products[-1])
             after = end.after(middle, experts, always)
             by_middle, by_experts, *by_matrix = torch.autograd.grad(after, (middle, experts, *products), by_after)
             along[rows] = (by_after * (after - end.scaled(middle)).detach()).sum(1).cpu()
@@ -241,7 +244,7 @@ class Backward:
         by_weight = torch.zeros_like(routed)
         means = torch.tensor(self.source.layers[layer].target)[selected]
         n_stored, shapes = self.source.layers[layer].n_stored, self.source.shapes
-        width = max((shapes[expert_key(layer, "gate", expert)][0] for expert in range(n_stored)), default=0)
+        width = max((shapes[expert_key(layer, "up", expert)][0] for expert in range(n_stored)), default=0)
         for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
             self._squares[layer].declare(name, n_stored, n_out)
         for expert in means.unique().tolist():
@@ -285,12 +288,11 @@ class Backward:
         """
         x = norm(self._middle[rows].to(self.device)).requires_grad_()
         weights = routed.to(self.device).detach().requires_grad_()
-        gate, up = matrices.gate(x), matrices.up(x)
-        down = matrices.down(activate(gate, up, matrices.activation))
-        by_output = self._by_output(rows).to(self.device)
-        gradients = torch.autograd.grad(weights[:, None] * down, (gate, up, down, x, weights), by_output)
-        by_gate, by_up, by_down, by_input, by_weight = gradients
-        for name, gradient in (("gate", by_gate), ("up", by_up), ("down", by_down)):
+        products = _products(matrices, x)
+        down, by_output = products[-1], self._by_output(rows).to(self.device)
+        gradients = torch.autograd.grad(weights[:, None] * down, (*products, x, weights), by_output)
+        *by_products, by_input, by_weight = gradients
+        for name, gradient in zip(self._projections, by_products, strict=True):
             self._squares[layer].add(name, gradient, expert)
         self._by_input.index_add_(0, rows, by_input.cpu())
         mean.add(routed, down.detach().cpu())
@@ -304,10 +306,9 @@ class Backward:
         along = torch.empty(self.sequences.n_rows)
         for rows in self._spans():
             x = norm(self._middle[rows].to(self.device)).requires_grad_()
-            gate, up = shared.expert.gate(x), shared.expert.up(x)
-            down = shared.expert.down(activate(gate, up, shared.expert.activation))
-            output, by_output = shared.output(x, down), self._by_output(rows).to(self.device)
-            *by_matrix, by_input = torch.autograd.grad(output, (gate, up, down, x), by_output)
+            products = _products(shared.expert, x)
+            output, by_output = shared.output(x, products[-1]), self._by_output(rows).to(self.device)
+            *by_matrix, by_input = torch.autograd.grad(output, (*products, x), by_output)
             self._add_shared(layer, by_matrix)
             self._by_input[rows] += by_input.cpu()
             along[rows] = (by_output * output.detach()).sum(1).cpu()
@@ -315,7 +316,7 @@ class Backward:
 
     def _add_shared(self, layer: int, by_matrix: Sequence[Tensor]) -> None:
         """Adds the squares of gradients by the products of a shared expert's matrices, if there is one."""
-        for name, gradient in zip(PROJECTIONS if by_matrix else (), by_matrix, strict=True):
+        for name, gradient in zip(self._projections if by_matrix else (), by_matrix, strict=True):
             self._squares[layer].add(f"ffn_{name}{shared_suffix(self.source, layer)}", gradient)
 
     def _by_output(self, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -331,7 +332,7 @@ class Backward:
         """
         along, mean = torch.zeros(self.sequences.n_rows), OutputMean(self.source.spec.n_embd)
         norm, matrices = read_dense(self.source, layer, self.device)
-        for name, linear in (("gate", matrices.gate), ("up", matrices.up), ("down", matrices.down)):
+        for name, linear in zip(self._projections, (*matrices.inner, matrices.down), strict=True):
             self._squares[layer].declare(name, 1, linear.weight.shape[0])
         self._by_input.zero_()
         for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):

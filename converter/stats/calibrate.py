@@ -139,8 +139,9 @@ def carry_out(planned: CalibratePlan, destination: Destination, on_progress: Pro
     statistics = calibrate(planned.source, planned.text, planned.settings, destination.folder, on_progress)
     save_statistics(statistics, destination.target, destination.folder)
     if planned.imatrix is not None:
-        imatrix, joins_qkv = imatrix_of(statistics), planned.source.spec.architecture.joins_qkv
-        write_imatrix(imatrix.joined() if joins_qkv else imatrix, planned.imatrix)
+        architecture = planned.source.spec.architecture
+        imatrix = imatrix_of(statistics, architecture.projections)
+        write_imatrix(imatrix.joined() if architecture.joins_qkv else imatrix, planned.imatrix)
     destination.forget()
     return _report(statistics, destination.target, time.monotonic() - begin)
 

@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, read_expert
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.pass_time import median_seconds
 from slimoe.converter.forward.stream import Sequences, Stream
 from slimoe.converter.forward.texts import CalibrationText
@@ -108,7 +109,7 @@ class _AlikeExperts(HeldSource):
 
 def _experts_of_layer(source: ModelSource, layer: int, expert: Expert) -> float:
     """What a token passes in a layer, counted in experts."""
-    n_weights: int = sum(matrix.weight.numel() for matrix in (expert.gate, expert.up, expert.down))
+    n_weights: int = sum(matrix.weight.numel() for matrix in (*expert.inner, expert.down))
     roles = dict.fromkeys(tensor.role for tensor in layer_tensors(source.spec, layer))
     shapes = (source.shapes.get(block_key(layer, role), ()) for role in roles)
     return source.spec.n_expert_used + sum(math.prod(shape) for shape in shapes if shape) / n_weights

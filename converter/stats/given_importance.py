@@ -121,7 +121,7 @@ def _of_statistics(path: Path, model: ModelSource) -> tuple[Imatrix, dict[str, V
         ) from None
     statistics = load_statistics(path, model)
     about = {keys.CALIBRATION_HASH: statistics.text_hash, keys.CALIBRATION_TOKENS: statistics.n_tokens}
-    return imatrix_of(statistics), about
+    return imatrix_of(statistics, model.spec.architecture.projections), about
 
 
 def _of_imatrix(path: Path) -> tuple[Imatrix, dict[str, Value]]:

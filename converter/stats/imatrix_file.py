@@ -5,7 +5,7 @@ tokens), and reads the older one (.dat). Source: llama.cpp's tools/imatrix and t
 """
 
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 
 from slimoe.converter.gguf.bytes import read_bytes
 from slimoe.converter.gguf.header import HeaderTensor, pack_header, padded
-from slimoe.converter.source.model_source import MatrixKey
+from slimoe.converter.source.model_source import PROJECTIONS, MatrixKey
 from slimoe.converter.stats.statistics import Single, Statistics
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.regular_file import open_regular, read_regular, reason
@@ -116,8 +116,11 @@ class Imatrix:
         return {name: (seen, every) for name, (seen, every) in counts.items() if seen < every}
 
 
-def imatrix_of(statistics: Statistics) -> Imatrix:
-    """The importance matrix that llama.cpp would measure of the same model on the same texts."""
+def imatrix_of(statistics: Statistics, projections: Sequence[str] = PROJECTIONS) -> Imatrix:
+    """The importance matrix that llama.cpp would measure of the same model, whose experts have these `projections`, on
+    the same texts.
+    """
+    absent = {f"ffn_gate{suffix}" for suffix in ("", "_shexp", "_exps")} if "gate" not in projections else set[str]()
     n_tokens = np.array([statistics.n_tokens], np.float32)
     entries: dict[str, InputSquares] = {}
     for layer, one in enumerate(statistics.layers):
@@ -126,9 +129,11 @@ def imatrix_of(statistics: Statistics) -> Imatrix:
         found = {role: InputSquares(sums.reshape(1, -1), n_tokens) for role, sums in inputs.by_role().items()}
         if one.outputs is not None and inputs.expert.size:
             counts = one.outputs.n_pick.astype(np.float32)
-            found |= {f"ffn_{name}_exps": InputSquares(inputs.expert, counts) for name in ("gate", "up")}
-            found["ffn_down_exps"] = InputSquares(inputs.hidden, counts)
-        entries |= {f"blk.{layer}.{role}.weight": entry for role, entry in found.items()}
+            sums = (inputs.expert, inputs.expert, inputs.hidden)
+            found |= {
+                f"ffn_{name}_exps": InputSquares(one, counts) for name, one in zip(PROJECTIONS, sums, strict=True)
+            }
+        entries |= {f"blk.{layer}.{role}.weight": entry for role, entry in found.items() if role not in absent}
     entries["output.weight"] = InputSquares(statistics.output_input[None], n_tokens)
     datasets = tuple(dict.fromkeys(statistics.domains))
     longest = max(map(len, statistics.tokens), default=0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
-from slimoe.converter.forward.block import Expert, read_expert, read_ffn_norm
+from slimoe.converter.forward.block import read_expert, read_ffn_norm
+from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer
 from slimoe.converter.neurons.width_errors import WidthErrorTable

@@ -18,7 +18,7 @@ _ROUTED = ("router", "outputs", "trace")
 """The groups of statistics that every layer with experts has."""
 _MIXING = (
     *(f"attn_{role}" for role in ("q", "q_a", "q_b", "kv_a_mqa", "k_b", "v_b", "kv_b", "qkv", "gate")),
-    *(f"ssm_{role}" for role in ("alpha", "beta", "ba", "out")),
+    *(f"ssm_{role}" for role in ("alpha", "beta", "ba", "in", "out")),
     *(f"shortconv.{role}" for role in ("in_proj", "out_proj")),
 )
 """The roles of what latent attention has in place of queries, keys and values, or a recurrence, as far as files have
@@ -100,7 +100,7 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
     later = source.layers[number + 1] if number + 1 < len(source.layers) else None
     # A dense feed-forward part is measured like one expert.
     n_parts = of.n_stored or int(of.has_ffn)
-    gates = [expert_key(number, "gate", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_gate")]
+    ups = [expert_key(number, "up", expert) for expert in range(of.n_stored)] or [block_key(number, "ffn_up")]
     is_plain = of.has_attention and has_plain_attention(spec, number)
     heads = {
         role: source.shapes.get(block_key(number, role), (0,))[0] if is_plain else 0
@@ -112,7 +112,7 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "R": len(of.target),
         "k": spec.n_expert_used,
         "d": spec.n_embd,
-        "f": max(source.shapes[key][0] for key in gates) if n_parts else 0,
+        "f": max(source.shapes[key][0] for key in ups) if n_parts else 0,
         "parts": n_parts,
         "attention": spec.n_embd if n_mixed else 0,
         "read": spec.n_embd if is_plain else 0,

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert
+from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.routing import Routing
-from slimoe.converter.source.model_source import ModelSource, expert_key, shared_suffix
+from slimoe.converter.source.model_source import ModelSource, expert_width, shared_suffix
 from slimoe.converter.stats.statistics import (
     GramSample,
     InputSums,
@@ -86,7 +86,8 @@ class InputTotals:
         spec, of = source.spec, source.layers[layer]
         self._is_plain = of.has_attention and has_plain_attention(spec, layer)
         self._expert = np.zeros((of.n_stored, spec.n_embd))
-        self._n_ff = [source.shapes[expert_key(layer, "gate", expert)][0] for expert in range(of.n_stored)]
+        self._n_ff = [expert_width(source, layer, expert) for expert in range(of.n_stored)]
+        self._inner = spec.architecture.projections[:-1]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
         self._attention = np.zeros(spec.n_embd if self._is_plain else 0)
         self._mixed = np.zeros(
@@ -122,7 +123,7 @@ class InputTotals:
         """
         read = {"ffn_down" + self._suffix: hidden}
         if not self._suffix:
-            read = {"ffn_gate": x, "ffn_up": x} | read
+            read = {f"ffn_{name}": x for name in self._inner} | read
         for role, values in read.items():
             self._others[role] = self._others.get(role, 0.0) + column_squares(values)
 

@@ -21,7 +21,7 @@ from slimoe.converter.quant.quantize import BadWeightsError
 from slimoe.converter.source.model_source import MatrixKey, ModelSource, parse_key
 from slimoe.converter.stats.statistics import LayerStatistics, MatrixCosts, Sensitivity, Statistics
 from slimoe.offload.errors import UsageError
-from slimoe.offload.model.tensor_list import CONVOLUTIONS
+from slimoe.offload.model.tensor_list import RECURRENT_FLOATS
 
 CANDIDATES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
@@ -116,8 +116,8 @@ def joined_costs(one: TypeCosts, other: TypeCosts) -> TypeCosts:
 
 
 def priced_matrices(source: ModelSource) -> list[MatrixKey]:
-    """The matrices whose types have a price: all except routers, constant experts and the taps of convolutions."""
-    kept = ("ffn_gate_inp", "ffn_novice", *CONVOLUTIONS)
+    """The matrices whose types have a price: all except routers, constant experts, and a recurrence's own values."""
+    kept = ("ffn_gate_inp.", "ffn_novice.", *(f"{role}." for role in RECURRENT_FLOATS))
     return [
         key
         for key, shape in source.shapes.items()

@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, Linear, activate
+from slimoe.converter.forward.expert import Expert, Linear, activate
 from slimoe.converter.quant.gain import gain_of, has_scales
 from slimoe.converter.quant.quantize import BadWeightsError, dequantize_rows, quantize_rows
 from slimoe.converter.source.model_source import ModelSource, expert_key
@@ -51,16 +51,15 @@ def sampled_rows(n_rows: int, n_embd: int, n_ff: int) -> int:
 class _Sample:
     """Some of an expert's tokens, neurons and outputs, and what the expert computes for them.
 
-    `x` [n, n_embd] are the inputs of the tokens and `weights` [n] their expert weights; `gate` and `up` [n, neurons]
-    the products with the sampled neurons, which were sampled with probability `chance` [neurons]; `hidden` [n, n_ff]
-    all activations, and `sampled` those of the sampled neurons. `down` has the sampled rows of down, and `reduced`
-    these of the sampled neurons only. `expert` has the sampled neurons of gate and up.
+    `x` [n, n_embd] are the inputs of the tokens and `weights` [n] their expert weights; `products` [n, neurons] are
+    those of gate, if there is one, and up, with the sampled neurons, which were sampled with probability `chance`
+    [neurons]; `hidden` [n, n_ff] all activations, and `sampled` those of the sampled neurons. `down` has the sampled
+    rows of down, and `reduced` these of the sampled neurons only. `expert` has the sampled neurons of gate and up.
     """
 
     x: Tensor
     weights: Tensor
-    gate: Tensor
-    up: Tensor
+    products: tuple[Tensor, ...]
     hidden: Tensor
     down: Tensor
     reduced: Tensor
@@ -93,20 +92,19 @@ class TypeErrorTable:
         likely = inclusion(adds, self._n_rows)
         taken = np.flatnonzero(np.random.default_rng((self._layer, number)).random(len(likely)) < likely)
         neurons, chance = (torch.from_numpy(one).to(hidden.device) for one in (taken, likely[taken]))
-        gate, up, down = expert.gate.weight[neurons], expert.up.weight[neurons], expert.down.weight[outputs]
-        part = replace(expert, gate=_rows(expert.gate, neurons), up=_rows(expert.up, neurons))
+        part = Expert.of([*(_rows(one, neurons) for one in expert.inner), expert.down], expert.activation)
+        down = expert.down.weight[outputs]
         reduced, sampled = down[:, neurons], hidden[:, neurons]
-        sample = _Sample(x, weights, part.gate(x), part.up(x), hidden, down, reduced, sampled, chance, part)
+        products = tuple(linear(x) for linear in part.inner)
+        sample = _Sample(x, weights, products, hidden, down, reduced, sampled, chance, part)
         all_outputs = n_embd / len(outputs)
         for row, name in enumerate(self.types):
             kind = type_by_name(name)
+            names = self._source.spec.architecture.projections
+            inner = [(name, one.weight, importance[0]) for name, one in zip(names, part.inner, strict=False)]
             changed = [
                 self._requantised(kind, number, projection, rows, columns)
-                for projection, rows, columns in (
-                    ("gate", gate, importance[0]),
-                    ("up", up, importance[0]),
-                    ("down", down, importance[1]),
-                )
+                for projection, rows, columns in (*inner, ("down", down, importance[1]))
             ]
             errors = _errors(sample, changed, neurons)
             self.error[row, number] = [all_outputs * error for error in errors]
@@ -146,20 +144,28 @@ def _rows(linear: Linear, rows: Tensor) -> Linear:
 
 
 def _errors(sample: _Sample, changed: Sequence[Tensor | None], neurons: Tensor) -> list[float]:
-    """The errors over the sampled outputs of changed gate, up and down alone, and of all three; None is infinite."""
-    gate, up, down = changed
-    other_gate = None if gate is None else replace(sample.expert.gate, weight=gate)(sample.x)
-    other_up = None if up is None else replace(sample.expert.up, weight=up)(sample.x)
+    """The errors over the sampled outputs of changed gate, up and down alone, and of all of them; None is infinite, and
+    that of a gate that an expert does not have is 0.
+    """
+    *inner, down = changed
+    others = [
+        None if weight is None else replace(linear, weight=weight)(sample.x)
+        for linear, weight in zip(sample.expert.inner, inner, strict=True)
+    ]
     activated = partial(activate, activation=sample.expert.activation)
     errors = [np.inf] * 4
-    if other_gate is not None:
-        errors[0] = _estimate(sample, activated(other_gate, sample.up), sample.reduced)
-    if other_up is not None:
-        errors[1] = _estimate(sample, activated(sample.gate, other_up), sample.reduced)
+    if len(others) == 1:
+        errors[0] = 0.0
+    for place, other in enumerate(others, start=2 - len(others)):
+        if other is not None:
+            products = list(sample.products)
+            products[place - 2 + len(others)] = other
+            errors[place] = _estimate(sample, activated(products), sample.reduced)
     if down is not None:
         errors[2] = _weighted_square(sample.hidden @ (down - sample.down).T, sample.weights)
-        if other_gate is not None and other_up is not None:
-            errors[3] = _estimate(sample, activated(other_gate, other_up), down[:, neurons])
+        whole = [other for other in others if other is not None]
+        if len(whole) == len(others):
+            errors[3] = _estimate(sample, activated(whole), down[:, neurons])
     return errors
 
 

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import Expert, Linear, SharedExpert, read_expert, read_output_norm, read_router
+from slimoe.converter.forward.block import read_expert, read_output_norm, read_router
+from slimoe.converter.forward.expert import Expert, Linear, SharedExpert
 from slimoe.converter.forward.routing import Router, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import ROUTER, Matrix, is_attention
@@ -27,7 +28,7 @@ from slimoe.converter.quant.feedback import Curvature, quantize_with_feedback
 from slimoe.converter.quant.mixes import layer_and_role
 from slimoe.converter.quant.quantize import dequantize_rows
 from slimoe.converter.source.held_source import FittedSource
-from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, vectors_key
+from slimoe.converter.source.model_source import ModelSource, vectors_key
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.converter.write.feedback_time import ATTENTION_INPUT, N_TOKENS, input_of, is_chosen
 from slimoe.converter.write.layer_pass import LayerPass
@@ -249,7 +250,7 @@ class FeedbackQuantiser:
     def _made_of(self, number: int, parts: Mapping[str, Tensor]) -> Expert:
         block, plan = self._state.plan.block, self._state.plan.experts[number]
         linears = []
-        for name in PROJECTIONS:
+        for name in plan.projections:
             weight = parts.get(name, torch.empty(0, 0))
             scales, biases = (vectors_key(block, name, kind) for kind in ("scale", "bias"))
             if scales in self._source.shapes:
@@ -259,8 +260,7 @@ class FeedbackQuantiser:
                 linears.append(Linear(weight, bias))
             else:
                 linears.append(Linear(weight))
-        gate, up, down = linears
-        return Expert(gate, up, down, activation=self._source.spec.architecture.activation)
+        return Expert.of(linears, self._source.spec.architecture.activation)
 
     # --- the router -----------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ N_TOKENS = 16384
 """Of the calibration's, at most, which run through the result as it grows."""
 ATTENTION_INPUT = (
     *("attn_q", "attn_k", "attn_v", "attn_q_a", "attn_kv_a_mqa", "attn_qkv", "attn_gate"),
-    *("ssm_alpha", "ssm_beta", "ssm_ba", "shortconv.in_proj"),
+    *("ssm_alpha", "ssm_beta", "ssm_ba", "ssm_in", "shortconv.in_proj"),
 )
 """The matrices that read attention's input, or that of a recurrence in its place."""
 _LEFT = 0.35

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block import (
-    Expert,
-    SharedExpert,
     attend,
     read_attention,
     read_dense,
@@ -19,6 +17,7 @@ from slimoe.converter.forward.block import (
     read_shared,
     read_tensor,
 )
+from slimoe.converter.forward.expert import Expert, SharedExpert
 from slimoe.converter.forward.routing import Router, Routing, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
 from slimoe.converter.layout.layer import CHOICE_BIAS, ROUTER

@@ -315,12 +315,12 @@ class HostPool:
                 self.counters.n_cancelled += 1
             self._reader.cancel(slot.read)
         parts, begins, address = [], [], slot.address
-        for matrix in (copy.gate, copy.up, copy.down):
+        for matrix in copy.matrices:
             (span,) = matrix.spans
             parts.append((span, address))
             begins.append(address + span.offset % PAGE)
             address += padded(span.n_bytes)
-        slot.addresses = (begins[0], begins[1], begins[2])
+        slot.addresses = tuple(begins)
         slot.read = self._reader.submit(parts, demanded=demanded, is_sure=is_sure)
         slot.is_prefetched = False
 

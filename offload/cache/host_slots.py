@@ -18,8 +18,8 @@ from slimoe.offload.resources.memory import advise_huge_pages, out_of_memory
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 """Memory is promised for what is touched only: a pool can grow without having to move."""
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-Addresses = tuple[int, int, int]
-"""Where gate, up and down begin."""
+Addresses = tuple[int, ...]
+"""Where the matrices of an expert begin."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +34,7 @@ class HostSlot:
     address: int
     key: Key = (-1, -1)
     read: Read | None = None
-    addresses: Addresses = (0, 0, 0)
+    addresses: Addresses = ()
     is_prefetched: bool = False
 
     @property
@@ -55,7 +55,7 @@ class HostSlot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bank:
-    """`n_slots` equal slots: where gate, up and down of the first one begin, and the bytes from a slot to the next."""
+    """`n_slots` equal slots: where the matrices of the first one begin, and the bytes from a slot to the next."""
 
     addresses: Addresses
     stride: int
@@ -119,8 +119,8 @@ class SlotMemory:
         for source, target in self.cache.resize(n_slots):
             old, new = self.slots[source], self.slots[target]
             ctypes.memmove(new.address, old.address, self._size)
-            gate, up, down = (address - old.address + new.address for address in old.addresses)
-            new.key, new.addresses, new.is_prefetched = old.key, (gate, up, down), old.is_prefetched
+            addresses = tuple(address - old.address + new.address for address in old.addresses)
+            new.key, new.addresses, new.is_prefetched = old.key, addresses, old.is_prefetched
         self.slots = [*self.slots[:n_slots], *self._new_slots(range(len(self.slots), n_slots))]
         self._banks.clear()
         self.ready.fill(-1)
@@ -162,7 +162,7 @@ class SlotMemory:
             for phase, (kind, ne) in zip(phases, self.slot_class, strict=True):
                 begins.append(address + phase)
                 address += padded(matrix_bytes(kind, ne))
-            known = self._banks[phases] = Bank((begins[0], begins[1], begins[2]), self._size, self.cache.n_slots)
+            known = self._banks[phases] = Bank(tuple(begins), self._size, self.cache.n_slots)
         return known
 
     def close(self) -> None:

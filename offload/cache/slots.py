@@ -164,7 +164,7 @@ def divide_slots(
 
 def widest(layers: Iterable[ExpertLayer | None]) -> int:
     """The largest n_ff of all experts."""
-    widths = (copy.gate.ne[1] for layer in layers if layer is not None for one in layer.experts for copy in one)
+    widths = (copy.n_ff for layer in layers if layer is not None for one in layer.experts for copy in one)
     return max(widths, default=0)
 
 

@@ -37,7 +37,7 @@ _MOST_MAPPING = 8 << 20
 
 _Numbers = NDArray[np.integer[Any]] | Sequence[int] | int
 Form = tuple[tuple[int, int], ...]
-"""The number of experts and the bytes of each in the stacks of gate's, up's and down's biases, then of their scales.
+"""The number of experts and the bytes of each in the stacks of their matrices' biases, then of their scales.
 
 (0, 0) is for one that is missing, and () for none at all.
 """
@@ -260,7 +260,8 @@ class ExpertGraphs:
             structure = ggml.tensor_at(stack)
             structure.buffer = self._nowhere
             structure.data = ggml_backend.ggml_backend_buffer_get_base(self._nowhere)
-        extras = ExpertExtras(self._vectors.activation, tuple(vectors[:3]), tuple(vectors[3:]))
+        n_biases, n_matrices = len(vectors) // 2, len(shape.slot_class.matrices)
+        extras = ExpertExtras(self._vectors.activation, tuple(vectors[:n_biases]), tuple(vectors[n_biases:]))
         builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens if isinstance(shape, _Pairs) else 1)
         if isinstance(shape, TokenShape):
             slots = add_input(ctx, self._exchange.shape.n_used)
@@ -272,7 +273,8 @@ class ExpertGraphs:
                 builder.add(stacks, pairs, extras)
             else:
                 for number in range(shape.n_pairs):
-                    builder.add(stacks[3 * number : 3 * number + 3], pairs.one(ctx, number), extras)
+                    own = stacks[n_matrices * number : n_matrices * (number + 1)]
+                    builder.add(own, pairs.one(ctx, number), extras)
 
         def prepare() -> _Prepared:
             prepared = _Prepared(graph, stacks, vectors, slots, experts)
@@ -296,12 +298,12 @@ def _add_vectors(ctx: int, slot_class: SlotClass, form: Form) -> list[int]:
     """Tensors of the shapes of a layer's biases and scales, 0 for those that there are not."""
     if not form:
         return []
-    vectors = []
-    for (n_stored, n_bytes), (_, ne) in zip(form[:3], slot_class, strict=True):
+    vectors, n_biases = [], len(form) // 2
+    for (n_stored, n_bytes), (_, ne) in zip(form[:n_biases], slot_class, strict=True):
         vectors.append(int(ggml.ggml_new_tensor_2d(ctx, Type.F32, ne[1], n_stored)) if n_stored else 0)
         if n_stored:  # Narrower experts use the first of each.
             tensor = ggml.tensor_at(vectors[-1])
             tensor.nb[1] = n_bytes
             tensor.nb[2] = tensor.nb[3] = n_bytes * n_stored
-    scales = [int(ggml.ggml_new_tensor_2d(ctx, Type.F32, 1, n)) if n else 0 for n, _ in form[3:]]
+    scales = [int(ggml.ggml_new_tensor_2d(ctx, Type.F32, 1, n)) if n else 0 for n, _ in form[n_biases:]]
     return vectors + scales

@@ -18,7 +18,7 @@ class LayerBanks:
     """The slot classes of a layer's copies of experts.
 
     `numbers` I64 [n_copies, n_expert] says which of the `classes` a copy of an expert is of, -1 where it has no slots.
-    `phases` say for each class where in a page of the file gate, up and down begin, None where that differs from expert
+    `phases` say for each class where in a page of the file its matrices begin, None where that differs from expert
     to expert: their slots then are no stack of matrices. `target` I64 are the layer's stored experts by row of its
     router. If `may_repeat`, several rows mean one expert, which a token can then select more than once.
     """
@@ -92,5 +92,4 @@ class RouterTables:
 
 
 def _phases(copy: ExpertCopy) -> Addresses:
-    gate, up, down = (matrix.spans[0].offset % PAGE for matrix in (copy.gate, copy.up, copy.down))
-    return gate, up, down
+    return tuple(matrix.spans[0].offset % PAGE for matrix in copy.matrices)

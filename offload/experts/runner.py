@@ -159,9 +159,8 @@ class TieredRunner:
             if temperature := self.spec.attention.temperature:
                 exchange.write("temperatures", temperature.factors(batch.positions))
             if recurrent := self.spec.recurrent:
-                before, after = batch.state_rows(recurrent.n_parts)
-                exchange.write("states_from", before)
-                exchange.write("states_to", after)
+                for name, numbers in batch.state_inputs(recurrent.n_parts).items():
+                    exchange.write(name, numbers)
             if has_windows := any(self.spec.windowed):
                 exchange.write("window_cells", batch.window_cells)
             for name in ("mask", "window_mask") if has_windows else ("mask",):

@@ -25,7 +25,6 @@ from slimoe.offload.model.tensors import ModelSources
 
 _MAX_GRAPHS = 3
 """Shapes of steps that are kept: one serves 256 tokens."""
-_NOT_REPACKED = (None, None, None)
 _TOLD_EVERY = 8
 """Steps of which one is told to the cache policy, which is asked only after the host expert cache was made smaller."""
 
@@ -38,7 +37,7 @@ def single_token_bytes(spec: ModelSpec, layers: Sequence[ExpertLayer | None]) ->
 
 
 Repacked = Mapping[tuple[int, int], tuple[tuple[NDArray[np.uint8], int] | None, ...]]
-"""By layer and expert the structures of gate, up and down that are rearranged, and where they are; None for others."""
+"""By layer and expert the structures of its matrices that are rearranged, and where they are; None for others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,10 +147,10 @@ class SingleTokenSteps:
                 found = self._host_pool.place((index, expert), copy)
                 if found is None:
                     return False
-                for place, address in enumerate(found):
-                    repacked = self._repacked.get((index, expert), _NOT_REPACKED)[place]
-                    structure = self._structure(copy.slot_class.matrices[place])
-                    self._tables[index].write(expert, place, *(repacked or (structure, address)))
+                repacked = self._repacked.get((index, expert), (None,) * len(found))
+                for place, (address, kind) in enumerate(zip(found, copy.slot_class, strict=True)):
+                    structure = repacked[place] or (self._structure(kind), address)
+                    self._tables[index].write(expert, place, *structure)
         return True
 
     def _structure(self, kind: MatrixClass) -> NDArray[np.uint8]:

@@ -1,9 +1,9 @@
 """ggml's tensors and operations: the part of its C API that this program uses, as typed functions over ctypes.
 
-Importing this module opens the libraries and checks that they are of a kind it was written for: version, type
-names, block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3, from which what is
-bound here does not differ up to 0.27; buffers and devices are in `buffers`. Tensors, contexts and graphs are plain
-addresses.
+Importing this module opens the libraries and checks that they are of a kind it was written for: version, type names,
+block sizes, structure layout. Raises LibraryError otherwise. Source: ggml.h of ggml 0.25.3, from which what is bound
+here does not differ up to 0.27; structures and types are in `struct`, buffers and devices in `buffers`. Tensors,
+contexts and graphs are plain addresses.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -12,7 +12,7 @@ import ctypes
 import re
 from typing import Annotated, Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import LibraryError
 from slimoe.offload.ggml.library import (
@@ -31,11 +31,14 @@ from slimoe.offload.ggml.library import (
 from slimoe.offload.ggml.struct import InitParams as InitParams
 from slimoe.offload.ggml.struct import Tensor as Tensor
 from slimoe.offload.ggml.struct import array_at as array_at
+from slimoe.offload.ggml.struct import check_types
+from slimoe.offload.ggml.struct import ggml_blck_size as ggml_blck_size
+from slimoe.offload.ggml.struct import ggml_quantize_chunk as ggml_quantize_chunk
+from slimoe.offload.ggml.struct import ggml_type_size as ggml_type_size
 from slimoe.offload.ggml.struct import tensor_at as tensor_at
 
 _BASE = open_library("ggml-base")
 
-_NEVER_STORED = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)  # only ever activations, never in a file
 OBJECT_BYTES = 32
 """`sizeof(struct ggml_object)`, which a context puts before each tensor."""
 PREC_F32 = 10
@@ -209,6 +212,14 @@ def ggml_silu(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_relu(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_sqr(ctx: Ptr, a: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_softplus(ctx: Ptr, a: Ptr) -> Ptr: ...
 
 
@@ -219,6 +230,12 @@ def ggml_ssm_conv(ctx: Ptr, inputs: Ptr, taps: Ptr) -> Ptr: ...
 @c_function(_BASE)
 def ggml_gated_delta_net(
     ctx: Ptr, q: Ptr, k: Ptr, v: Ptr, gate: Ptr, beta: Ptr, state: Ptr, n_snapshots: I64
+) -> Ptr: ...
+
+
+@c_function(_BASE)
+def ggml_ssm_scan(
+    ctx: Ptr, states: Ptr, x: Ptr, dt: Ptr, a: Ptr, b: Ptr, c: Ptr, ids: Ptr, n_snapshots: I64
 ) -> Ptr: ...
 
 
@@ -344,27 +361,6 @@ def ggml_view_4d(
 def ggml_permute(ctx: Ptr, a: Ptr, axis0: I32, axis1: I32, axis2: I32, axis3: I32) -> Ptr: ...
 
 
-# --- quantisation ------------------------------------------------------------------------------------------
-
-
-@c_function(_BASE)
-def ggml_type_name(kind: I32) -> Str: ...
-
-
-@c_function(_BASE)
-def ggml_blck_size(kind: I32) -> I64: ...
-
-
-@c_function(_BASE)
-def ggml_type_size(kind: I32) -> Size: ...
-
-
-@c_function(_BASE)
-def ggml_quantize_chunk(
-    kind: I32, source: Ptr, target: Ptr, start: I64, n_rows: I64, n_per_row: I64, importance: Ptr
-) -> Size: ...
-
-
 # --- the check at load -------------------------------------------------------------------------------------
 
 
@@ -374,13 +370,7 @@ def _check_library() -> None:
     if not VERSIONS[0] <= number <= VERSIONS[1]:
         oldest, newest = (".".join(map(str, each)) for each in VERSIONS)
         raise LibraryError(f"{chosen()} has ggml {version}, but {oldest} to {newest} is needed")
-    for kind in set(GGMLQuantizationType).difference(_NEVER_STORED):
-        name = (ggml_type_name(kind) or b"").decode().upper()
-        sizes = (ggml_blck_size(kind), ggml_type_size(kind))
-        if name and (name != kind.name or sizes != tuple(GGML_QUANT_SIZES[kind])):
-            n, n_bytes = GGML_QUANT_SIZES[kind]
-            found = f"{name} of {sizes[0]} weights in {sizes[1]} bytes"
-            raise LibraryError(f"{chosen()} has as type {kind.value} {found}, not {kind.name} of {n} in {n_bytes}")
+    check_types()
     ctx = ggml_init(InitParams(1 << 16, None, True))
     address = ggml_new_tensor_4d(ctx, GGMLQuantizationType.Q8_0, 64, 3, 5, 7)
     ggml_set_name(address, b"layout")

@@ -51,7 +51,8 @@ class StepInputs:
     tokens I32 [n_tokens], positions I32 [n_tokens], cells I64 [n_tokens] (where in the cache each token goes), mask
     F16 [n_kv, n_tokens] (0 or -inf), other cells and another mask [n_window_kv, n_tokens] for layers with a window,
     temperatures F32 [n_tokens], by which queries are multiplied, `states_from` I32 and `states_to` I64 [n_runs *
-    n_parts], the rows of what recurrent layers keep of each sequence, before and after; 0 for what no layer has.
+    n_parts], the rows of what recurrent layers keep of each sequence, before and after, and where operations read whole
+    states their numbers `states_read` I32 [n_runs]; 0 for what no layer has.
     """
 
     tokens: int
@@ -63,6 +64,7 @@ class StepInputs:
     temperatures: int = 0
     states_from: int = 0
     states_to: int = 0
+    states_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +81,12 @@ class AttentionBuilder:
 
     def add(self, index: int, layer: LayerWeights, hidden: int, n_queries: int) -> int:
         """The attention output of layer `index`, [n_embd, n_queries], for the last tokens of its normalised input."""
-        ctx, spec, positions = self.ctx, self.spec, self.inputs.positions
+        ctx, spec = self.ctx, self.spec
         query, key, value, gate = self._qkv(index, layer, hidden, n_queries)
-        rotated = self._rope(query, self._last(positions, n_queries), index)
-        query, scale = self._normed_head(rotated, layer.q_norm), spec.attention_scale
+        query, scale = self._normed_head(self._rope(query, index), layer.q_norm), spec.attention_scale
         if spec.architecture.scales_queries:
             query, scale = int(ggml.ggml_scale(ctx, query, scale)), 1.0
-        self._store(index, self._normed_head(self._rope(key, positions, index), layer.k_norm), value)
+        self._store(index, self._normed_head(self._rope(key, index), layer.k_norm), value)
         attended = self._attend(index, query, n_queries, scale, layer.sinks)
         joined = int(ggml.ggml_reshape_2d(ctx, attended, spec.attention_of(index).n_output, n_queries))
         if gate:
@@ -96,7 +97,7 @@ class AttentionBuilder:
         """Stores keys and values of layer `index` for its normalised input, whose output nobody wants."""
         key, value = (add_linear(self.ctx, layer.qkv[part], hidden) for part in (1, -1))
         key, value = self._key_and_value(index, layer, key, value)
-        self._store(index, self._normed_head(self._rope(key, self.inputs.positions, index), layer.k_norm), value)
+        self._store(index, self._normed_head(self._rope(key, index), layer.k_norm), value)
 
     def _last(self, vector: int, n: int) -> int:
         """The last `n` elements, of 4 bytes each, of a vector of one for each token."""
@@ -203,10 +204,13 @@ class AttentionBuilder:
             return heads
         return add_rms_norm(self.ctx, heads, norm, self.spec.rms_eps)
 
-    def _rope(self, heads: int, positions: int, index: int) -> int:
-        """Heads of layer `index` rotated by their positions."""
+    def _rope(self, heads: int, index: int) -> int:
+        """Heads of the last tokens of layer `index`, rotated by their positions if anything rotates."""
+        if not self.spec.rope.n_rot:
+            return heads
         rope, has_window = self.spec.rope, self.spec.window(index) > 0
         has_own = has_window and self.spec.architecture.has_window_heads
+        positions = self._last(self.inputs.positions, ggml.tensor_at(heads).ne[2])
         rotated = ggml.ggml_rope_ext(
             self.ctx,
             heads,

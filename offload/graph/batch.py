@@ -57,10 +57,20 @@ class Batch:
         """Tokens read."""
         return len(self.tokens)
 
-    def state_rows(self, n_parts: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Rows [n_runs * n_parts] of the states that sequences had, and of those that they get, of `n_parts` each."""
-        before, after = np.array(self.states).T[:, :, None] * n_parts + np.arange(n_parts)
-        return before.reshape(-1).astype(np.int32), after.reshape(-1)
+    def state_inputs(self, n_parts: int) -> dict[str, NDArray[np.int32] | NDArray[np.int64]]:
+        """What a step's inputs say of states, by their names.
+
+        These are the rows [n_runs * n_parts] of the states that sequences had, and of those that they get, of `n_parts`
+        each, and the numbers [n_runs] of those that they had.
+        """
+        states = np.array(self.states)
+        before, after = states.T[:, :, None] * n_parts + np.arange(n_parts)
+        numbers = states[:, 0].astype(np.int32)
+        return {
+            "states_from": before.reshape(-1).astype(np.int32),
+            "states_to": after.reshape(-1),
+            "states_read": numbers,
+        }
 
 
 def make_batch(

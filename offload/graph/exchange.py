@@ -81,6 +81,7 @@ class Exchange:
             "expert_weights": (Type.F32, shape.n_used * n_tokens),
             "states_from": (Type.I32, max(1, shape.n_state_rows)),
             "states_to": (Type.I64, max(1, shape.n_state_rows)),
+            "states_read": (Type.I32, max(1, shape.n_state_rows)),
             "aux_weights": (Type.F32, max(1, shape.n_aux * n_tokens)),
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),

@@ -15,6 +15,8 @@ from slimoe.offload.model.architecture import Activation, Architecture
 
 _OAI_ALPHA, _OAI_LIMIT = 1.702, 7.0
 """The factor within the sigmoid of OpenAI's SwiGLU, and where its inputs are clamped."""
+_DOWN = -1
+"""The place of down among an expert's matrices."""
 LEAST_AUX_SUM = 2.0**-14
 """What the weights of experts for which vectors stand are divided by at least, F16's least normal number."""
 
@@ -23,9 +25,10 @@ LEAST_AUX_SUM = 2.0**-14
 class ExpertExtras:
     """What the experts of a layer have beside their matrices: their activation, and tensor addresses of vectors.
 
-    `biases` are gate's, up's and down's, F32 [n, n_stored], and `scales` factors on their products, F32 [1, n_stored];
-    either is () or has 0 for one that is missing. `ids` I32 [n_selected, n_rows] are the selected experts' places in
-    both, which need not be their places in the stacks of matrices. Gate and up that have vectors are not joined.
+    `biases` are those of each of an expert's matrices, F32 [n, n_stored], `scales` factors on their products, F32
+    [1, n_stored]; either is () or has 0 for one that is missing. `ids` I32 [n_selected, n_rows] are the selected
+    experts' places in both, which need not be their places in the stacks of matrices. Gate and up that have vectors are
+    not joined.
     `is_down_wide` asks for kernels that take down's inputs as F32, or in a form of the same range.
     """
 
@@ -44,10 +47,10 @@ class ExpertExtras:
 NO_EXTRAS = ExpertExtras()
 
 
-def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int) -> int:
+def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int, activation: Activation) -> int:
     """The output of a dense FFN, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in layer.gate_up]
-    return add_linear(ctx, layer.down, add_activation(ctx, projected))
+    return add_linear(ctx, layer.down, add_activation(ctx, projected, activation))
 
 
 def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture: Architecture) -> int:
@@ -79,17 +82,17 @@ def add_expert_ffn(
 ) -> int:
     """The outputs of the selected experts, [n_embd, n_selected, n_rows], not yet weighted.
 
-    `gate_up` are two stacks of matrices or a joined one, gate first; `rows` [n_embd, 1, n_rows] are the inputs, `ids`
-    I32 [n_selected, n_rows] the places of the selected experts in the stacks.
+    `gate_up` are two stacks of matrices, or a joined one, gate first, or that of up alone; `rows` [n_embd, 1, n_rows]
+    are the inputs, `ids` I32 [n_selected, n_rows] the places of the selected experts in the stacks.
     """
     projected = [_add_product(ctx, stack, rows, ids, extras, place) for place, stack in enumerate(gate_up)]
-    return _add_product(ctx, down, add_activation(ctx, projected, extras.activation), ids, extras, 2)
+    return _add_product(ctx, down, add_activation(ctx, projected, extras.activation), ids, extras, _DOWN)
 
 
 def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras, place: int) -> int:
-    """The product of the selected experts' matrices, scaled and biased; `place` 0 is gate, 1 up and 2 down."""
+    """The product of the selected experts' matrices, scaled and biased; `place` is that of their vectors."""
     product = int(ggml.ggml_mul_mat_id(ctx, stack, rows, ids))
-    if extras.is_down_wide and place == 2:
+    if extras.is_down_wide and place == _DOWN:
         ggml.ggml_prec_set_src(product, ggml.PREC_F32, 1)
     if extras.scales and extras.scales[place]:
         product = add_expert_scale(ctx, product, extras.scales[place], extras.ids)
@@ -141,7 +144,13 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
 
 
 def add_activation(ctx: int, projected: Sequence[int], activation: Activation = "swiglu") -> int:
-    """The activation of gate and up, two tensors or, but for OpenAI's, the halves of one; one operation."""
+    """The activation of gate and up, two tensors or, but for OpenAI's, the halves of one; or of up alone.
+
+    It is one operation, or of up alone two.
+    """
+    if activation == "relu2":
+        (up,) = projected
+        return int(ggml.ggml_sqr(ctx, ggml.ggml_relu(ctx, up)))
     if activation == "swiglu_oai":
         gate, up = projected
         return int(ggml.ggml_swiglu_oai(ctx, gate, up, _OAI_ALPHA, _OAI_LIMIT))

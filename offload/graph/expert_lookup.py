@@ -25,8 +25,6 @@ from slimoe.offload.graph.expert_ffn import add_activation
 from slimoe.offload.model.architecture import Activation
 from slimoe.offload.model.experts import ExpertLayer, MatrixClass
 
-N_MATRICES = 3
-"""Gate, up and down."""
 NODES_PER_EXPERT, NODES_PER_LAYER = 4, 8
 """Tensors that a layer takes in a graph, for each selected expert and beside these."""
 
@@ -34,17 +32,17 @@ _STRUCTURE = ctypes.sizeof(ggml.Tensor)
 _DATA, _NE = ggml.Tensor.data.offset, ggml.Tensor.ne.offset
 _ALIGNMENT = 256
 
-_Products = tuple[int, int, int, int]
-"""Gate, up, the activation of both, and down, of one selected expert."""
+_Products = tuple[int, ...]
+"""All tensors of one selected expert in the order of the computation, of which down is the last."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTable:
     """What the rows of one layer's router mean.
 
-    `target` I64 [n_row] are the stored experts, negative for constant ones; `matrices` U8 [n_row, 3, n] the structures
-    of gate, up and down; `widths` I64 [n_row] the experts' widths, 0 for constant experts; `constants` F32 [n_row,
-    n_embd] the outputs of these, None without any.
+    `target` I64 [n_row] are the stored experts, negative for constant ones; `matrices` U8 [n_row, n_matrices, n] the
+    structures of their matrices, down last; `widths` I64 [n_row] the experts' widths, 0 for constant experts;
+    `constants` F32 [n_row, n_embd] the outputs of these, None without any.
     """
 
     matrices: NDArray[np.uint8]
@@ -56,17 +54,17 @@ class LayerTable:
     def of(cls, layer: ExpertLayer, constants: NDArray[np.float32] | None) -> "LayerTable":
         """The table of a layer with the constant experts F32 [n, n_embd], before anything is `written` of matrices."""
         target = np.array(layer.target, np.int64)
-        widths = np.array([copies[0].gate.ne[1] for copies in layer.experts] + [0], np.int64)
+        widths = np.array([copies[0].n_ff for copies in layer.experts] + [0], np.int64)
         outputs = None
         if constants is not None:
             outputs = np.where((target < 0)[:, None], constants[np.maximum(-1 - target, 0)], np.float32(0))
-        matrices = np.zeros((len(target), N_MATRICES, _STRUCTURE), np.uint8)
+        matrices = np.zeros((len(target), _n_matrices(layer), _STRUCTURE), np.uint8)
         return cls(matrices, widths[np.maximum(target, -1)], target, outputs)
 
     @staticmethod
     def n_bytes_of(layer: ExpertLayer, n_embd: int) -> int:
         """Memory of a layer's table."""
-        return len(layer.target) * (N_MATRICES * _STRUCTURE + (4 * n_embd if layer.constants else 0))
+        return len(layer.target) * (_n_matrices(layer) * _STRUCTURE + (4 * n_embd if layer.constants else 0))
 
     @property
     def n_bytes(self) -> int:
@@ -79,13 +77,18 @@ class LayerTable:
         return bool(self.widths.min() == self.widths.max())
 
     def write(self, expert: int, place: int, structure: NDArray[np.uint8], address: int) -> None:
-        """Writes which matrix is gate (`place` 0), up (1) or down (2) of a stored expert, and where it lies.
+        """Writes what the matrix number `place` of a stored expert is, and where it lies.
 
         Rows of constant experts get one as well, which may be looked at, but is never multiplied with.
         """
         rows = (self.target == expert) | (self.target < 0)
         self.matrices[rows, place] = structure
         self.matrices[rows, place, _DATA : _DATA + 8] = np.array([address], np.int64).view(np.uint8)
+
+
+def _n_matrices(layer: ExpertLayer) -> int:
+    """The number of an expert's matrices, 0 where all experts are constant."""
+    return len(layer.experts[0][0].matrices) if layer.experts else 0
 
 
 def matrix_structure(kind: MatrixClass, buffer: int) -> NDArray[np.uint8]:
@@ -117,14 +120,15 @@ class ExpertLookup:
     ) -> None:
         self._tables, self._n_embd, self._n_used, self._activation = tables, n_embd, n_used, activation
         widths = {layer: table.widths for layer, table in tables.items() if not table.is_even}
-        # Those of gate, up and the activation, and those of down.
+        # Those of the tensors before down, three with a gate or without, and those of down.
         self._lengths = {layer: np.stack([one, one, one, n_embd * (one > 0)]) for layer, one in widths.items()}
         self._n_most = max(n_embd, max(int(table.widths.max()) for table in tables.values()))
         # One behind the other: structures, outputs, and what the operation multiplies that sets memory aside.
+        n_matrices = max(table.matrices.shape[1] for table in tables.values())
         ends = np.cumsum(
             [
                 -(-n // _ALIGNMENT) * _ALIGNMENT
-                for n in (n_used * N_MATRICES * _STRUCTURE, 4 * n_embd * n_used, 2 * self._n_most, 4 * self._n_most)
+                for n in (n_used * n_matrices * _STRUCTURE, 4 * n_embd * n_used, 2 * self._n_most, 4 * self._n_most)
             ]
         ).tolist()
         self.buffer = backend.allocate(ends[-1] + _ALIGNMENT)
@@ -155,7 +159,7 @@ class ExpertLookup:
         table, n_row = self._tables[layer], len(self._tables[layer].widths)
         before, products = list[int](), list[_Products]()
         if table.widths.any():
-            width = N_MATRICES * _STRUCTURE // 4
+            width = table.matrices.shape[1] * _STRUCTURE // 4
             matrices = self._at(ggml.ggml_new_tensor_2d(ctx, Type.I32, width, n_row), table.matrices.ctypes.data)
             before.append(self._copy(ctx, matrices, ids, self._structures))
             products = [self._add_products(ctx, table, normed, number) for number in range(self._n_used)]
@@ -170,18 +174,21 @@ class ExpertLookup:
         return self._at(ggml.ggml_new_tensor_3d(ctx, Type.F32, self._n_embd, self._n_used, 1), self._outputs)
 
     def _add_products(self, ctx: int, table: LayerTable, normed: int, number: int) -> _Products:
-        """Gate, up, activation and down of the expert that is selected as number `number`, as wide as the widest."""
-        begin = self._structures + number * N_MATRICES * _STRUCTURE
-        addresses = range(begin, begin + N_MATRICES * _STRUCTURE, _STRUCTURE)
+        """The tensors of the expert that is selected as number `number`, as wide as the widest."""
+        n_bytes = table.matrices.shape[1] * _STRUCTURE
+        begin = self._structures + number * n_bytes
+        addresses = range(begin, begin + n_bytes, _STRUCTURE)
         widest = table.matrices[int(table.widths.argmax())]
         for address, structure in zip(addresses, widest, strict=True):
             ggml.array_at(address, np.uint8, _STRUCTURE)[:] = structure
-        gate, up, down = addresses
-        projected = [int(ggml.ggml_mul_mat(ctx, matrix, normed)) for matrix in (gate, up)]
+        *gate_up, down = addresses
+        projected = [int(ggml.ggml_mul_mat(ctx, matrix, normed)) for matrix in gate_up]
         activated = add_activation(ctx, projected, self._activation)
-        output = ggml.ggml_mul_mat(ctx, down, activated)
+        # Of up alone ReLU is a tensor too, before its square.
+        between = [int(ggml.tensor_at(activated).src[0])] if len(projected) == 1 else []
+        output = int(ggml.ggml_mul_mat(ctx, down, activated))
         self._at(output, self._outputs + 4 * self._n_embd * number)
-        return projected[0], projected[1], activated, output
+        return (*projected, *between, activated, output)
 
     def _copy_lengths(self, ctx: int, layer: int, ids: int, products: Sequence[_Products]) -> int:
         """Looks up the lengths of all products and activations, which lie at equal distances in a graph's memory."""

@@ -27,7 +27,7 @@ class LatentAttentionBuilder(AttentionBuilder):
         n_tokens, stride = self.shape.n_tokens, ggml.tensor_at(both).nb[1]
         row = ggml.ggml_view_2d(ctx, both, latent.n_lora_kv, n_tokens, stride, 0)
         rotated = ggml.ggml_view_3d(ctx, both, spec.rope.n_rot, 1, n_tokens, stride, stride, 4 * latent.n_lora_kv)
-        rotated = self._rope(rotated, self.inputs.positions, index)
+        rotated = self._rope(rotated, index)
         row = add_rms_norm(ctx, row, layer.k_norm, spec.rms_eps)
         add = self._add_absorbed if latent.is_absorbed else self._add_decompressed
         output = add(index, weights, latent, (query, row, rotated), n_queries)
@@ -52,7 +52,7 @@ class LatentAttentionBuilder(AttentionBuilder):
         n_plain = latent.n_embd_head_k - n_rot
         plain = ggml.ggml_view_3d(ctx, query, n_plain, n_head, n_queries, by_head, by_token, 0)
         turning = ggml.ggml_view_3d(ctx, query, n_rot, n_head, n_queries, by_head, by_token, 4 * n_plain)
-        turning = self._rope(turning, self._last(self.inputs.positions, n_queries), index)
+        turning = self._rope(turning, index)
         absorbed = ggml.ggml_mul_mat(ctx, weights.k.weight, ggml.ggml_permute(ctx, plain, 0, 2, 1, 3))
         absorbed = ggml.ggml_permute(ctx, absorbed, 0, 2, 1, 3)
         query = self._at_temperature(ggml.ggml_concat(ctx, absorbed, turning, 0), n_queries)
@@ -73,7 +73,7 @@ class LatentAttentionBuilder(AttentionBuilder):
         strides = 4 * (n_plain + n_value), 4 * (n_plain + n_value) * n_head
         plain = ggml.ggml_view_3d(ctx, both, n_plain, n_head, n_tokens, *strides, 0)
         value = ggml.ggml_cont(ctx, ggml.ggml_view_3d(ctx, both, n_value, n_head, n_tokens, *strides, 4 * n_plain))
-        query = self._rope(query, self._last(self.inputs.positions, n_queries), index)
+        query = self._rope(query, index)
         query = self._at_temperature(ggml.ggml_rope_set_offset(query, n_plain), n_queries)
         key = ggml.ggml_concat(ctx, plain, ggml.ggml_repeat_4d(ctx, rotated, n_rot, n_head, n_tokens, 1), 0)
         self._store(index, key, value)

@@ -1,7 +1,8 @@
-"""Layers that keep a state of fixed size of what they have read, in llama.cpp's order: short convolutions, delta nets.
+"""Layers that keep a state of fixed size of what they have read: short convolutions, delta nets and Mamba-2.
 
-A state is two tensors, the last inputs of a convolution and a delta net's matrices, each in rows of `n_parts` a state.
-A step reads the states that its sequences had, and writes others, so that those from before it stay as they are.
+Their operations are in llama.cpp's order. A state is two tensors, the last inputs of a convolution and the matrices of
+a delta net or of Mamba-2, each in rows of `n_parts` a state. A step reads the states that its sequences had, and writes
+others, so that those from before it stay as they are.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class RecurrentBuilder:
     def add(self, index: int, layer: LayerWeights, hidden: int) -> int:
         """The output of layer `index`, [n_embd, n_tokens], for its normalised input."""
         assert layer.recurrent is not None
-        add = self._add_short_conv if self.recurrent.kind == "short_conv" else self._add_delta_net
-        return add(index, layer.recurrent, hidden)
+        add = {"short_conv": self._add_short_conv, "delta_net": self._add_delta_net, "mamba2": self._add_mamba2}
+        return add[self.recurrent.kind](index, layer.recurrent, hidden)
 
     @property
     def _n_tokens(self) -> int:
@@ -98,6 +99,46 @@ class RecurrentBuilder:
         gated = ggml.ggml_mul(ctx, normed, ggml.ggml_silu(ctx, gate))
         return add_linear(ctx, weights.output, int(ggml.ggml_reshape_2d(ctx, gated, of.n_inner, self.shape.n_tokens)))
 
+    def _add_mamba2(self, index: int, weights: RecurrentWeights, hidden: int) -> int:
+        ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
+        n_head_values, shape = of.n_inner // of.n_rank, (n_tokens, n_runs)
+        every = add_linear(ctx, weights.inputs[0], hidden)
+        every = int(ggml.ggml_reshape_3d(ctx, every, ggml.tensor_at(every).ne[0], *shape))
+        strides = ggml.tensor_at(every).nb[1:3]
+        gate = ggml.ggml_view_4d(ctx, every, n_head_values, of.n_rank, *shape, 4 * n_head_values, *strides, 0)
+        columns = ggml.ggml_view_3d(ctx, every, of.n_channels, *shape, *strides, 4 * of.n_inner)
+        steps = ggml.ggml_view_3d(ctx, every, of.n_rank, *shape, *strides, 4 * (of.n_inner + of.n_channels))
+        mixed = ggml.ggml_ssm_conv(ctx, self._with_past(index, int(columns)), weights.conv)
+        mixed = int(ggml.ggml_silu(ctx, ggml.ggml_add(ctx, mixed, weights.conv_bias)))
+        values, keys, queries = (
+            self._heads(mixed, *part)
+            for part in (
+                (n_head_values, of.n_rank, 0),
+                (of.n_state, of.n_group, of.n_inner),
+                (of.n_state, of.n_group, of.n_inner + of.n_group * of.n_state),
+            )
+        )
+        steps = ggml.ggml_add(ctx, ggml.ggml_cont(ctx, steps), weights.step_bias)
+        states = self.cache.matrices[index]
+        n_states = ggml.tensor_at(states).ne[1] // of.n_parts
+        before = ggml.ggml_reshape_4d(ctx, states, of.n_state, n_head_values, of.n_rank, n_states)
+        parts = before, values, steps, weights.decay, keys, queries, self.inputs.states_read
+        result = ggml.ggml_ssm_scan(ctx, *parts, 1)
+        n_read = of.n_inner * self.shape.n_tokens
+        self._write(states, ggml.ggml_view_1d(ctx, result, of.n_matrix_kept * n_runs, 4 * n_read))
+        strides = (4 * n_head_values, 4 * of.n_inner, 4 * of.n_inner * n_tokens)
+        output = ggml.ggml_view_4d(ctx, result, n_head_values, of.n_rank, *shape, *strides, 0)
+        output = ggml.ggml_add(ctx, output, ggml.ggml_mul(ctx, values, weights.skip))
+        gated = ggml.ggml_swiglu_split(ctx, ggml.ggml_cont(ctx, gate), output)
+        grouped = int(ggml.ggml_reshape_4d(ctx, gated, of.n_inner // of.n_group, of.n_group, *shape))
+        normed = add_rms_norm(ctx, grouped, weights.norm, self.spec.rms_eps)
+        return add_linear(ctx, weights.output, int(ggml.ggml_reshape_2d(ctx, normed, of.n_inner, self.shape.n_tokens)))
+
+    def _heads(self, mixed: int, width: int, count: int, begin: int) -> int:
+        """Heads [width, count, n_tokens, n_runs] of the convolution's outputs from channel `begin` on."""
+        strides, shape = ggml.tensor_at(mixed).nb[1:3], (self._n_tokens, self.shape.n_runs)
+        return int(ggml.ggml_view_4d(self.ctx, mixed, width, count, *shape, 4 * width, *strides, 4 * begin))
+
     def _beta_and_alpha(self, weights: RecurrentWeights, hidden: int) -> tuple[int, int]:
         """How much of a value is taken in [1, n_rank, n_tokens, n_runs], and what decay depends on [n_rank, ...]."""
         ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
@@ -121,13 +162,11 @@ class RecurrentBuilder:
         Where value heads of one key head are neighbours, queries and keys are repeated for each of them: the operation
         itself gives value head i the key head i modulo their number.
         """
-        ctx, of, n_tokens, n_runs = self.ctx, self.recurrent, self._n_tokens, self.shape.n_runs
-        row = 4 * of.n_state
-        strides = row, 4 * of.n_channels, 4 * of.n_channels * n_tokens
+        of = self.recurrent
         counts, parts, begin = (of.n_group, of.n_group, of.n_rank), list[int](), 0
         for count in counts:
-            parts.append(int(ggml.ggml_view_4d(ctx, mixed, of.n_state, count, n_tokens, n_runs, *strides, begin)))
-            begin += row * count
+            parts.append(self._heads(mixed, of.n_state, count, begin))
+            begin += of.n_state * count
         query, key, value = parts
         query, key = self._unit(query), self._unit(key)
         if self.spec.architecture.groups_heads and of.n_group != of.n_rank:

@@ -32,13 +32,13 @@ class _Prepared:
 
     graph: int
     tokens: NDArray[np.int32]
-    positions: NDArray[np.int32]
+    positions: NDArray[np.int32] | None
     cells: NDArray[np.int64] | None
     mask: NDArray[np.float16] | None
     window_cells: NDArray[np.int64] | None
     window_mask: NDArray[np.float16] | None
     temperatures: NDArray[np.float32]
-    states: tuple[NDArray[np.int32], NDArray[np.int64]] | None
+    states: dict[str, NDArray[Any]]
     logits: Logits
     hidden: Hidden
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
@@ -100,12 +100,14 @@ class Runner:
         else:
             self._rows.load(batch.tokens)
             prepared.tokens[:] = np.arange(batch.n_tokens)
-        prepared.positions[:] = batch.positions
+        if prepared.positions is not None:
+            prepared.positions[:] = batch.positions
         if temperature := self.spec.attention.temperature:
             prepared.temperatures[:] = temperature.factors(batch.positions)
         if recurrent := self.spec.recurrent:
-            assert prepared.states is not None
-            prepared.states[0][:], prepared.states[1][:] = batch.state_rows(recurrent.n_parts)
+            for name, numbers in batch.state_inputs(recurrent.n_parts).items():
+                if name in prepared.states:
+                    prepared.states[name][:] = numbers
         if prepared.mask is not None:
             assert prepared.cells is not None
             prepared.cells[:] = batch.cells
@@ -129,12 +131,11 @@ class Runner:
         def prepare() -> _Prepared:
             self._graphs.advise(step.logits)
             inputs, n_tokens, n_used = step.inputs, shape.n_tokens, self.spec.n_expert_used
-            n_states = shape.n_runs * self.spec.recurrent.n_parts if self.spec.recurrent else 0
             ranked = ((layer, _array(one, np.int32, *ggml.tensor_at(one).ne[1::-1])) for layer, one in step.ranked)
             return _Prepared(
                 step.graph,
                 tokens=_array(inputs.tokens, np.int32, n_tokens),
-                positions=_array(inputs.positions, np.int32, n_tokens),
+                positions=_array(inputs.positions, np.int32, n_tokens) if inputs.positions else None,
                 cells=_array(inputs.cells, np.int64, n_tokens) if inputs.cells else None,
                 mask=_array(inputs.mask, np.float16, n_tokens, shape.n_kv) if inputs.mask else None,
                 window_cells=_array(inputs.window_cells, np.int64, n_tokens) if inputs.window_cells else None,
@@ -142,12 +143,15 @@ class Runner:
                 if inputs.window_mask
                 else None,
                 temperatures=_array(inputs.temperatures, np.float32, n_tokens) if inputs.temperatures else _NONE,
-                states=(
-                    _array(inputs.states_from, np.int32, n_states),
-                    _array(inputs.states_to, np.int64, n_states),
-                )
-                if n_states
-                else None,
+                states={
+                    name: _array(tensor, dtype, ggml.tensor_at(tensor).ne[0])
+                    for name, tensor, dtype in (
+                        ("states_from", inputs.states_from, np.int32),
+                        ("states_to", inputs.states_to, np.int64),
+                        ("states_read", inputs.states_read, np.int32),
+                    )
+                    if tensor
+                },
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
                 hidden=_array(step.hidden, np.float32, n_tokens, self.spec.n_embd) if shape.has_hidden else _NONE,
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),

@@ -87,12 +87,11 @@ def build_segment(
     has_windows = cache is not None and any(spec.windowed)
     window_mask = exchange.view(ctx, "window_mask", (shape.n_window_kv, shape.n_tokens)) if has_windows else 0
     temperatures = temperatures if spec.attention.temperature else 0
-    states = (0, 0)
+    states = [0, 0, 0]
     if spec.recurrent:
         n_rows = shape.n_runs * spec.recurrent.n_parts
-        vectors = (exchange.tensor(name) for name in ("states_from", "states_to"))
-        before, after = (int(ggml.ggml_view_1d(ctx, vector, n_rows, 0)) for vector in vectors)
-        states = before, after
+        lengths = {"states_from": n_rows, "states_to": n_rows, "states_read": shape.n_runs}
+        states = [int(ggml.ggml_view_1d(ctx, exchange.tensor(name), n, 0)) for name, n in lengths.items()]
     inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
     blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
     hidden = _first_hidden(blocks, exchange, segment)

@@ -61,13 +61,14 @@ def build_step(
     ctx, graph = new_graph(spec, spec.n_layer, is_looked_up=lookup is not None)
     has_window = {spec.window(layer) > 0 for layer in spec.attention_layers}
     n_states = shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
+    reads_whole = spec.recurrent is not None and spec.recurrent.reads_whole
     masks = [
         int(ggml.ggml_new_tensor_2d(ctx, Type.F16, n_kv, shape.n_tokens)) if is_used in has_window else 0
         for is_used, n_kv in ((False, shape.n_kv), (True, shape.n_window_kv))
     ]
     inputs = StepInputs(
         tokens=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
-        positions=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)),
+        positions=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_tokens)) if spec.rope.n_rot else 0,
         cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)) if masks[0] else 0,
         mask=masks[0],
         window_cells=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, shape.n_tokens)) if masks[1] else 0,
@@ -75,9 +76,11 @@ def build_step(
         temperatures=int(ggml.ggml_new_tensor_1d(ctx, Type.F32, shape.n_tokens)) if spec.attention.temperature else 0,
         states_from=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, n_states)) if n_states else 0,
         states_to=int(ggml.ggml_new_tensor_1d(ctx, Type.I64, n_states)) if n_states else 0,
+        states_read=int(ggml.ggml_new_tensor_1d(ctx, Type.I32, shape.n_runs)) if reads_whole else 0,
     )
-    vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures, inputs.states_from, inputs.states_to
-    for tensor in (*vectors, inputs.window_cells, inputs.mask, inputs.window_mask):
+    vectors = inputs.tokens, inputs.positions, inputs.cells, inputs.temperatures
+    states = inputs.states_from, inputs.states_to, inputs.states_read
+    for tensor in (*vectors, *states, inputs.window_cells, inputs.mask, inputs.window_mask):
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
@@ -175,7 +178,7 @@ class BlockBuilder:
         plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
         normed = add_scaled(ctx, plain, layer.ffn_norm)
         if layer.router is None:
-            update = add_dense_ffn(ctx, layer, normed)
+            update = add_dense_ffn(ctx, layer, normed, spec.architecture.activation)
             return int(ggml.ggml_add(ctx, self._scaled(update, spec.multipliers.residual), hidden))
         selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
         if self.ranked is not None:

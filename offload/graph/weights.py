@@ -87,6 +87,8 @@ class RecurrentWeights:
     decay: int = 0
     step_bias: int = 0
     norm: int = 0
+    conv_bias: int = 0
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +296,7 @@ def _recurrent_weights(source: RecurrentSources, weight: Callable[[WeightSource 
         tuple(Linear(weight(part.weight)) for part in source.inputs),
         weight(source.conv),
         Linear(weight(source.output.weight)),
-        *(weight(part) for part in (source.decay, source.step_bias, source.norm)),
+        *map(weight, source.parts),
     )
 
 

@@ -43,7 +43,7 @@ def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLaye
     """A model's workload, with every expert in its best copy."""
     routed = [layer for layer in layers if layer]
     best = [copies[0] for layer in routed for copies in layer.experts]
-    parts = [part for copy in best for part in (copy.gate, copy.up, copy.down)]
+    parts = [part for copy in best for part in copy.matrices]
     expert = {kernel: n_bytes / len(best) for kernel, n_bytes in _sums(parts, is_expert=True).items()}
     return Workload(
         n_layer=len(layers),
@@ -75,7 +75,7 @@ def expert_matrices(layers: Sequence[ExpertLayer | None]) -> Iterator[WeightSour
     for layer in layers:
         for copies in layer.experts if layer else ():
             for copy in copies:
-                yield from (copy.gate, copy.up, copy.down)
+                yield from copy.matrices
 
 
 def _sums(sources: Iterable[WeightSource], is_expert: bool) -> dict[MatrixKernel, float]:

@@ -60,13 +60,17 @@ class SharedExpert:
         return "" if self.width == "dense" else "_shexp"
 
 
-Activation = Literal["swiglu", "swiglu_oai", "geglu"]
+Activation = Literal["swiglu", "swiglu_oai", "geglu", "relu2"]
 """What joins an expert's gate and up: SwiGLU, OpenAI's, whose inputs are clamped and whose up is raised by one, or
-GeGLU by GELU's approximation with tanh.
+GeGLU by GELU's approximation with tanh; or of experts without a gate ReLU's square of up.
 """
+PROJECTIONS = ("gate", "up", "down")
+"""An expert's matrices, in the order of use."""
+Rotation = Literal["always", "by_key", "never"]
+"""Whether heads rotate by their positions; by the key `rope.scaling.finetuned`, they do not where it is false."""
 
-Recurrence = Literal["delta_net", "short_conv"]
-"""What layers without attention keep a state by: a gated delta net, or a short convolution alone."""
+Recurrence = Literal["delta_net", "short_conv", "mamba2"]
+"""What layers without attention keep a state by: a gated delta net, a short convolution alone, or Mamba-2."""
 
 When = Literal[
     "model",
@@ -121,7 +125,9 @@ class Architecture:
     `joins_qkv`: llama.cpp reads the matrices of queries, keys and values only as one, attn_qkv. `ffn_norm` is the role
     of the feed-forward part's norm. `width_key` names the key of an expert's width; without the key it is the dense
     width over the experts used. `has_dense_layers`: the keys `leading_dense_block_count` and
-    `interleave_moe_layer_step` say which layers are dense. `has_multipliers`: keys scale embeddings, both branches of a
+    `interleave_moe_layer_step` say which layers are dense. With `has_single_parts` each layer is one part, behind one
+    norm: of experts where the array `feed_forward_length` is above 0, else attention or, without key heads, a
+    recurrence. `has_multipliers`: keys scale embeddings, both branches of a
     block, attention and logits. `has_latent_attention`: attention is MLA. With `is_mscale_shared` YaRN's mscale is the
     model's mscale_all_dim, and not 1. `window_period`: of so many consecutive layers all but the last look back no
     further than the model's window, where the key `sliding_window_pattern` does not say otherwise; 0 is for
@@ -136,7 +142,7 @@ class Architecture:
     `has_post_norms` what attention and the feed-forward part add to the residual stream is normalised before. If it
     `scales_embeddings`, these are multiplied with the root of their length, and products of queries and keys with 1;
     logits are bounded as the key `final_logit_softcapping` says. `absent` are keys that are not above 0 in the models
-    that are run, with what they would mean.
+    that are run, with what they would mean. The first of `eps_keys` that a file has is what norms add to a mean square.
     `difference` is a sentence on what files of this architecture compute otherwise than transformers' class does.
     """
 
@@ -146,6 +152,7 @@ class Architecture:
     rope: RopeType = RopeType.NORM
     qk_norm: Literal["none", "head", "row", "head_after_rope"] = "none"
     rotates_partly: bool = False
+    rotation: Rotation = "always"
     scales_queries: bool = False
     joins_qkv: bool = False
     ffn_norm: str = "ffn_norm"
@@ -153,6 +160,7 @@ class Architecture:
     shared: SharedExpert | None = None
     width_key: Literal["feed_forward_length", "expert_feed_forward_length"] = "feed_forward_length"
     has_dense_layers: bool = False
+    has_single_parts: bool = False
     has_multipliers: bool = False
     may_be_dense: bool = False
     has_latent_attention: bool = False
@@ -169,12 +177,18 @@ class Architecture:
     has_post_norms: bool = False
     scales_embeddings: bool = False
     absent: tuple[tuple[str, str], ...] = ()
+    eps_keys: tuple[str, ...] = ("attention.layer_norm_rms_epsilon",)
     difference: str = ""
 
     @property
     def has_mtp(self) -> bool:
         """Whether a block behind the layers, with attention and experts as they have, may predict a further token."""
         return any(role.when == "mtp" for role in self.tensors)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The matrices of an expert, and of every other feed-forward part, in the order of use."""
+        return PROJECTIONS[1:] if self.activation == "relu2" else PROJECTIONS
 
     @property
     def has_expert_biases(self) -> bool:

@@ -156,10 +156,12 @@ def read_attention(
 
 
 def _n_head_kv(keys: MetadataKeys, architecture: Architecture, n_head: int) -> int:
-    """The key heads of layers that have some; those with a short convolution have none."""
+    """The key heads of layers that have some; those with a short convolution or Mamba-2 have none."""
     name = "attention.head_count_kv"
-    if architecture.recurrence == "short_conv" and keys.is_array(name):
+    if architecture.recurrence in ("short_conv", "mamba2") and keys.is_array(name):
         counts = set(keys.integers(name, keys.count("block_count"))) - {0}
+        if not counts:
+            raise ModelFileError(keys.gguf.path, "no layer has attention.", AGAIN)
         if len(counts) != 1:
             raise UnsupportedModelError(keys.gguf.path, f"{keys.prefix}{name} is different in layers with attention.")
         return counts.pop()

@@ -76,7 +76,9 @@ def read_experts(
         width = keys.count(architecture.width_key)
     else:
         width = keys.count("feed_forward_length") // n_used
-    if architecture.has_dense_layers and not is_native:
+    if architecture.has_single_parts and not is_native:
+        layers = _single_parts(keys, n_layer, counts[0], width)
+    elif architecture.has_dense_layers and not is_native:
         layers = _shapes_with_dense(keys, n_layer, counts[0], width)
     n_group, n_group_used = _groups(keys, min(counts), n_selected or n_used)
     renormalise, score = architecture.router.renormalise, _score(keys, architecture.router, (n_layer, n_vocab))
@@ -128,6 +130,17 @@ def _shapes_with_dense(keys: MetadataKeys, n_layer: int, n_expert: int, n_ff: in
         raise ModelFileError(keys.gguf.path, problem, AGAIN)
     dense = LayerShape(0, keys.count("feed_forward_length"))
     return tuple(LayerShape(n_expert, n_ff) if is_routed else dense for is_routed in routed)
+
+
+def _single_parts(keys: MetadataKeys, n_layer: int, n_expert: int, n_ff: int) -> tuple[LayerShape, ...]:
+    """Layers that are experts alone, and others without a feed-forward part."""
+    name, n_block = "feed_forward_length", keys.count("block_count")
+    lengths = keys.integers(name, n_block) if keys.is_array(name) else (keys.count(name),) * n_block
+    layers = tuple(LayerShape(n_expert, n_ff, False) if n else LayerShape(0, 0) for n in lengths[:n_layer])
+    for what, is_there in (("experts", any(lengths[:n_layer])), ("attention", not all(lengths[:n_layer]))):
+        if not is_there:
+            raise ModelFileError(keys.gguf.path, f"no layer has {what}, by {keys.prefix}{name}.", AGAIN)
+    return layers
 
 
 def dense_layer_keys(shapes: Sequence[LayerShape]) -> tuple[int, int] | None:
@@ -217,4 +230,6 @@ def expert_metadata(
         values["leading_dense_block_count"], values["interleave_moe_layer_step"] = keys
         if dense:
             values["feed_forward_length"] = dense[0]
+    if architecture.has_single_parts:
+        values["feed_forward_length"] = [shape.n_ff for shape in shapes]
     return values

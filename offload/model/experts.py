@@ -1,6 +1,6 @@
 """Which bytes of a file make up each expert: the unit of caching, whatever layout the file has.
 
-An expert has one or several *copies*, encodings of the same three matrices, the best one first. What the router's rows
+An expert has one or several *copies*, encodings of the same matrices, the best one first. What the router's rows
 point at is a table, so that an engine never needs to know how a file came to have fewer experts than rows.
 """
 
@@ -22,23 +22,23 @@ MatrixClass = tuple[GGMLQuantizationType, tuple[int, ...]]
 
 
 class SlotClass:
-    """Type and shape of gate, up and down: copies of one class can take each other's place in memory.
+    """Type and shape of an expert's matrices: copies of one class can take each other's place in memory.
 
     There is one object for each class, so that looking one up, as happens for every selected expert, hashes no types.
     """
 
     __slots__ = ("matrices",)
-    _known: ClassVar[dict[tuple[MatrixClass, MatrixClass, MatrixClass], "SlotClass"]] = {}
+    _known: ClassVar[dict[tuple[MatrixClass, ...], "SlotClass"]] = {}
 
-    matrices: tuple[MatrixClass, MatrixClass, MatrixClass]
+    matrices: tuple[MatrixClass, ...]
 
     @classmethod
-    def of(cls, gate: MatrixClass, up: MatrixClass, down: MatrixClass) -> "SlotClass":
+    def of(cls, *matrices: MatrixClass) -> "SlotClass":
         """The one object for these types and shapes."""
-        known = cls._known.get((gate, up, down))
+        known = cls._known.get(matrices)
         if known is None:
-            known = cls._known[gate, up, down] = cls()
-            known.matrices = (gate, up, down)
+            known = cls._known[matrices] = cls()
+            known.matrices = matrices
         return known
 
     def __iter__(self) -> Iterator[MatrixClass]:
@@ -50,24 +50,27 @@ class SlotClass:
 
 @dataclass(frozen=True, slots=True)
 class ExpertCopy:
-    """One encoding of an expert: gate and up [n_embd, n_ff], down [n_ff, n_embd], moved and replaced together.
+    """One encoding of an expert, whose matrices are moved and replaced together: gate, where it has one, and up
+    [n_embd, n_ff], down [n_ff, n_embd].
 
     Copies of one `slot_class` can use the same slot.
     """
 
-    gate: WeightSource
-    up: WeightSource
-    down: WeightSource
+    matrices: tuple[WeightSource, ...]
     slot_class: SlotClass = field(init=False, compare=False)
 
     @property
+    def n_ff(self) -> int:
+        """The number of its neurons."""
+        return self.matrices[0].ne[1]
+
+    @property
     def n_bytes(self) -> int:
-        """Bytes of all three matrices."""
-        return self.gate.n_bytes + self.up.n_bytes + self.down.n_bytes
+        """Bytes of all its matrices."""
+        return sum(matrix.n_bytes for matrix in self.matrices)
 
     def __post_init__(self) -> None:
-        gate, up, down = ((part.type, part.ne) for part in (self.gate, self.up, self.down))
-        object.__setattr__(self, "slot_class", SlotClass.of(gate, up, down))
+        object.__setattr__(self, "slot_class", SlotClass.of(*((part.type, part.ne) for part in self.matrices)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,10 @@ def expert_layers(sources: ModelSources, spec: ModelSpec) -> tuple[ExpertLayer |
         else:
             assert layer.down
             target = tuple(range(layer.router.weight.ne[1]))
-            matrices = (
-                (*expert_matrices(layer.gate_up, expert), stacked_matrix(layer.down.weight, expert))
-                for expert in target
+            n_projections = len(spec.architecture.projections)
+            experts = tuple(
+                (ExpertCopy(expert_matrices(layer.gate_up, layer.down, expert, n_projections)),) for expert in target
             )
-            experts = tuple((ExpertCopy(*three),) for three in matrices)
         found.append(ExpertLayer(layer.router.weight, experts, target, constants, spec.n_expert_used, hints, *routing))
     return tuple(found)
 
@@ -138,5 +140,4 @@ def cache_priors(layers: Sequence[ExpertLayer | None]) -> NDArray[np.float64] | 
 
 
 def _copy(stacks: Sequence[WeightSource], slot: int) -> ExpertCopy:
-    gate, up, down = (stacked_matrix(stack, slot) for stack in stacks)
-    return ExpertCopy(gate, up, down)
+    return ExpertCopy(tuple(stacked_matrix(stack, slot) for stack in stacks))

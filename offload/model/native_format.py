@@ -30,6 +30,7 @@ bucket lie in its stacks in the order of their experts, so a slot number is coun
                                                 expert are aliases; no alias can point at an alias.
     blk.L.ffn_gate_exps.bB.weight, blk.L.ffn_up_exps.bB.weight   [n_embd, width, n_slot]
     blk.L.ffn_down_exps.bB.weight                                [width, n_embd, n_slot]
+                                                (experts of architectures without a gate have no ffn_gate_exps)
     blk.L.ffn_novice.weight     F32 [n_embd, n]     constant experts, vectors in place of outputs; absent without any
 
 Compressed experts. Where more experts are selected than computed, each row of the router has two vectors for when its
@@ -61,7 +62,6 @@ from slimoe.offload.model.spec import NATIVE, ModelSpec
 
 ALIGNMENT = 4096
 """The alignment that is written."""
-PROJECTIONS = ("gate", "up", "down")
 
 _PREFIX = f"{NATIVE}."
 _MAX_COPIES = 2
@@ -205,18 +205,20 @@ class _LayerCheck:
         n_slot = self.layer.n_slot(bucket)
         if not n_slot:
             self._refuse(f"expert.bucket has numbers above {bucket}, but not {bucket} itself")
-        names = [stack_name(self.index, projection, bucket) for projection in PROJECTIONS]
+        projections = self.spec.architecture.projections
+        names = [stack_name(self.index, projection, bucket) for projection in projections]
         if missing := next((name for name in names if name not in self.gguf.tensors), None):
             raise ModelFileError(self.gguf.path, f"tensor {missing} is missing.", AGAIN)
-        gate, up, down = (self.gguf.tensors[name] for name in names)
-        width = gate.ne[1] if len(gate.ne) == 3 else 0
+        stacks = [self.gguf.tensors[name] for name in names]
+        first = stacks[0]
+        width = first.ne[1] if len(first.ne) == 3 else 0
         if not 0 < width <= self.spec.layer_shape(self.index).n_ff:
-            self._refuse(f"tensor {gate.name} has the shape {gate.ne}, which is none of experts of this layer")
+            self._refuse(f"tensor {first.name} has the shape {first.ne}, which is none of experts of this layer")
         wide, tall = (self.spec.n_embd, width, n_slot), (width, self.spec.n_embd, n_slot)
-        for stack, ne in ((gate, wide), (up, wide), (down, tall)):
+        for stack, ne in zip(stacks, (*[wide] * (len(stacks) - 1), tall), strict=True):
             if stack.ne != ne:
                 self._refuse(f"tensor {stack.name} has the shape {stack.ne}, but {ne} belongs to expert.bucket")
-        return (gate.n_bytes + up.n_bytes + down.n_bytes) // n_slot
+        return sum(stack.n_bytes for stack in stacks) // n_slot
 
     def _refuse(self, problem: str) -> NoReturn:
         raise ModelFileError(self.gguf.path, f"layer {self.index}: {problem}.", AGAIN)

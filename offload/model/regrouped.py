@@ -53,16 +53,18 @@ def as_matrix(stack: WeightSource) -> WeightSource:
     return replace(stack, ne=stack.ne[:2]) if stack.ne[2:] == (1,) else stack
 
 
-def expert_matrices(stacks: Sequence[LinearSource], index: int) -> tuple[WeightSource, ...]:
-    """Matrix `index` of each stack, or gate's and up's rows of it where that is the only one, and so both."""
-    matrices = [stacked_matrix(stack.weight, index) for stack in stacks]
-    if len(matrices) > 1:
-        return tuple(matrices)
-    (both,), n_rows = matrices, matrices[0].ne[1]
-    return tuple(
-        rows_of(both, both.name.replace("gate_up", projection), begin, begin + n_rows // 2)
-        for projection, begin in (("gate", 0), ("up", n_rows // 2))
-    )
+def expert_matrices(
+    gate_up: Sequence[LinearSource], down: LinearSource, index: int, n: int
+) -> tuple[WeightSource, ...]:
+    """The `n` matrices of expert `index` of these stacks, of which one can be gate's and up's."""
+    *inner, last = (stacked_matrix(stack.weight, index) for stack in (*gate_up, down))
+    if len(inner) < n - 1:
+        (both,), n_rows = inner, inner[0].ne[1]
+        inner = [
+            rows_of(both, both.name.replace("gate_up", projection), begin, begin + n_rows // 2)
+            for projection, begin in (("gate", 0), ("up", n_rows // 2))
+        ]
+    return (*inner, last)
 
 
 def without_experts(sources: ModelSources) -> ModelSources:

@@ -17,9 +17,9 @@ ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 class RopeSpec:
     """Rotary position embedding. The fields are those of the file, the properties the arguments of `ggml_rope_ext`.
 
-    With MLA, `yarn_log_multiplier` is a tenth of YaRN's mscale_all_dim, which is its mscale too if `is_mscale_shared`.
-    `window_freq_base` takes the place of `freq_base` in layers with a sliding window, and `window_n_rot` that of
-    `n_rot`; 0 is the same one.
+    With an `n_rot` of 0 nothing rotates. In MLA `yarn_log_multiplier` is a tenth of YaRN's mscale_all_dim, which is its
+    mscale too if `is_mscale_shared`. `window_freq_base` takes the place of `freq_base` in layers with a sliding window,
+    and `window_n_rot` that of `n_rot`; 0 is the same one.
     """
 
     n_rot: int
@@ -124,6 +124,9 @@ def read_rope(
     UnsupportedModelError for what is not implemented, ModelFileError for nonsense.
     """
     n_rot = keys.count("rope.dimension_count", n_embd_head)
+    rotates = architecture.rotation != "by_key" or keys.flag("rope.scaling.finetuned", default=True)
+    if architecture.rotation == "never" or not rotates:
+        return RopeSpec(0, n_ctx_train)
     is_partial = architecture.rotates_partly or architecture.has_latent_attention
     if n_rot > n_embd_head or (n_rot != n_embd_head and not is_partial) or n_rot % 2:
         raise UnsupportedModelError(keys.gguf.path, f"it rotates {n_rot} of {n_embd_head} values per head, not pairs.")

@@ -252,6 +252,7 @@ class ModelSpec:
         n_window_head = window_attention.n_embd_head if window_attention else 0
         n_vocab = embeddings.ne[-1] if embeddings else keys.count("vocab_size")
         experts, n_ff = read_experts(keys, architecture, n_layer, n_vocab, is_native=is_native)
+        attending = tuple(shape.has_attention for shape in experts.layers) or (True,) * n_layer
         return cls(
             architecture=architecture,
             n_layer=n_layer,
@@ -259,7 +260,7 @@ class ModelSpec:
             n_ff=n_ff,
             n_vocab=n_vocab,
             n_ctx_train=n_ctx_train,
-            rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rms_eps=keys.number(next(filter(keys.has, architecture.eps_keys), architecture.eps_keys[0])),
             attention=attention,
             experts=experts,
             rope=read_rope(keys, architecture, attention.n_embd_head, n_ctx_train, n_window_head),
@@ -268,7 +269,7 @@ class ModelSpec:
             multipliers=_multipliers(keys, architecture, n_embd),
             n_layer_nextn=n_nextn,
             windowed=windowed,
-            recurrent=read_recurrent(keys, architecture, n_embd, n_layer),
+            recurrent=read_recurrent(keys, architecture, n_embd, attending),
             window_attention=window_attention,
         )
 
@@ -280,8 +281,8 @@ class ModelSpec:
             "embedding_length": self.n_embd,
             "feed_forward_length": self.n_ff,
             "vocab_size": self.n_vocab,
-            "attention.layer_norm_rms_epsilon": self.rms_eps,
-            "rope.dimension_count": self.rope.n_rot,
+            **dict.fromkeys(self.architecture.eps_keys, self.rms_eps),
+            "rope.dimension_count": self.rope.n_rot or self.n_embd_head,
             "rope.freq_base": self.rope.freq_base,
         }
         values |= attention_metadata(self.attention)
@@ -289,7 +290,7 @@ class ModelSpec:
             values |= window_metadata(self.attention, self.window_attention, self.windowed)
             values["rope.dimension_count_swa"] = self.rope.window_n_rot
         if self.recurrent:
-            values |= recurrent_metadata(self.recurrent, self.n_head_kv)
+            values |= recurrent_metadata(self.recurrent, self.n_head_kv, self.attention_layers)
         if self.has_mtp_layer:
             values["nextn_predict_layers"] = 1
         if self.n_window:
@@ -310,6 +311,8 @@ class ModelSpec:
         if self.architecture.scales_embeddings:
             values["final_logit_softcapping"] = self.multipliers.softcap
         values |= {key: 0 for key, _ in self.architecture.absent}
+        if self.architecture.rotation != "always":
+            values["rope.scaling.finetuned"] = self.rope.n_rot > 0
         if self.rope.sections:
             values["rope.dimension_sections"] = list(self.rope.sections)
         if self.rope.scaling != "none":

@@ -13,8 +13,8 @@ from slimoe.offload.model.spec import ModelSpec
 _Layout = dict[str, tuple[int, ...]]
 _ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
-CONVOLUTIONS = ("ssm_conv1d", "shortconv.conv")
-"""The roles of the taps of recurrent layers' convolutions, which are F32 in every file."""
+RECURRENT_FLOATS = ("ssm_conv1d", "shortconv.conv", "ssm_norm", "ssm_a", "ssm_d")
+"""The roles of recurrent layers' taps, norms and factors, which have two axes and are F32 in every file."""
 AUX_GAIN, AUX_SHIFT = "ffn_aux_gain", "ffn_aux_shift"
 """The roles of what stands for selected experts that are not computed: vectors for each row of the router."""
 
@@ -98,6 +98,9 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
             "n_rank": recurrent.n_rank,
             "n_rank_pairs": 2 * recurrent.n_rank,
             "n_inner": recurrent.n_inner,
+            "n_ssm_in": recurrent.n_inner + recurrent.n_channels + recurrent.n_rank,
+            "n_group": recurrent.n_group,
+            "n_group_inner": recurrent.n_inner // recurrent.n_group if recurrent.n_group else 0,
         }
     if latent := spec.attention.latent:
         n_unrotated = latent.n_embd_head_k - spec.rope.n_rot
@@ -171,7 +174,7 @@ def _layouts(spec: ModelSpec, tensors: Iterable[ModelTensor]) -> Iterator[list[_
             stem = tensor.name.removesuffix("_exps.weight")
             each: _Layout = {f"{stem}.{expert}.weight": tensor.ne[:2] for expert in range(tensor.ne[2])}
             merged: _Layout = {}
-            if tensor.role in _MERGED:
+            if tensor.role in _MERGED and len(spec.architecture.projections) > 2:
                 ne = (tensor.ne[0], 2 * tensor.ne[1], tensor.ne[2])
                 merged = {f"blk.{tensor.layer}.ffn_gate_up_exps.weight": ne}
             yield [{tensor.name: tensor.ne}, each, merged]

@@ -63,6 +63,23 @@ DELTA_NET = (
     TensorRole("ssm_norm", ("n_state",), "recurrent"),
     TensorRole("ssm_out", ("n_inner", "n_embd"), "recurrent"),
 )
+MAMBA2 = (
+    RECURRENT_NORM,
+    TensorRole("ssm_in", ("n_embd", "n_ssm_in"), "recurrent"),
+    TensorRole("ssm_conv1d", ("n_conv", "n_conv_channels"), "recurrent"),
+    TensorRole("ssm_conv1d", ("n_conv_channels",), "recurrent", suffix="bias"),
+    TensorRole("ssm_dt", ("n_rank",), "recurrent", suffix="bias"),
+    TensorRole("ssm_a", ("one", "n_rank"), "recurrent", suffix=""),
+    TensorRole("ssm_d", ("one", "n_rank"), "recurrent", suffix=""),
+    TensorRole("ssm_norm", ("n_group_inner", "n_group"), "recurrent"),
+    TensorRole("ssm_out", ("n_inner", "n_embd"), "recurrent"),
+)
+UNGATED = (
+    TensorRole("ffn_up_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
+    TensorRole("ffn_down_exps", ("n_ff", "n_embd", "n_expert"), "experts"),
+    TensorRole("ffn_up_shexp", ("n_embd", "n_ff_shared"), "shared"),
+    TensorRole("ffn_down_shexp", ("n_ff_shared", "n_embd"), "shared"),
+)
 GATED_ATTENTION = (
     BEGIN[0],
     TensorRole("attn_norm", ("n_embd",), "attention"),
@@ -107,3 +124,27 @@ MLA = (
     TensorRole("attn_output", ("n_attn_output", "n_embd"), "attention"),
 )
 MLA_END = (FFN_NORM, ROUTER, CHOICE_BIAS_OR_NONE, *DENSE, *EXPERTS, *SHARED, OUTPUT_NORM, OUTPUT_OR_TIED)
+
+GEMMA = (
+    TensorRole("rope_freqs", ("n_rot_pairs",), "model"),
+    *BEGIN[:-1],
+    TensorRole("attn_v", ("n_embd", "n_kv"), "attention", is_optional=True),
+    *NORM_OF_HEADS,
+    ATTN_OUTPUT,
+    TensorRole("post_attention_norm", ("n_embd",), "attention"),
+    FFN_NORM,
+    TensorRole("ffn_gate", ("n_embd", "n_ff_shared"), "shared"),
+    TensorRole("ffn_up", ("n_embd", "n_ff_shared"), "shared"),
+    TensorRole("ffn_down", ("n_ff_shared", "n_embd"), "shared"),
+    TensorRole("post_ffw_norm_1", ("n_embd",), "shared"),
+    ROUTER,
+    TensorRole("ffn_gate_inp", ("n_embd",), "router", suffix="scale"),
+    TensorRole("pre_ffw_norm_2", ("n_embd",), "ffn"),
+    *EXPERTS,
+    TensorRole("ffn_down_exps", ("n_expert",), "experts", suffix="scale"),
+    TensorRole("post_ffw_norm_2", ("n_embd",), "ffn"),
+    TensorRole("post_ffw_norm", ("n_embd",), "ffn"),
+    TensorRole("layer_output_scale", ("one",), "layer", is_optional=True),
+    OUTPUT_NORM,
+    OUTPUT_OR_TIED,
+)

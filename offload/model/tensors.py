@@ -58,10 +58,10 @@ class LinearSource:
 
 @dataclass(frozen=True, slots=True)
 class BucketSources:
-    """A native layer's experts: per bucket the stacks of gate, up and down, and what of it is which expert."""
+    """A native layer's experts: per bucket the stacks of its matrices, and what of it is which expert."""
 
     layout: NativeLayer
-    buckets: tuple[tuple[WeightSource, WeightSource, WeightSource], ...]
+    buckets: tuple[tuple[WeightSource, ...], ...]
     constants: WeightSource | None
 
 
@@ -129,10 +129,11 @@ class LatentSources:
 class RecurrentSources:
     """What a recurrent layer has in place of attention.
 
-    `inputs` are multiplied with its input: the one matrix of a short convolution; a delta net's matrix of queries, keys
-    and values, the output's gate, and beta and alpha, in two matrices or one. `conv` [n_conv, n_channels] are the
-    convolution's taps, `output` makes the layer's output. Only a delta net has `decay` and `step_bias` [n_rank], and
-    a `norm` [n_state] of its output.
+    `inputs` are multiplied with its input: the one matrix of a short convolution, or of Mamba-2; a delta net's matrix
+    of queries, keys and values, the output's gate, and beta and alpha, in two matrices or one. `conv`
+    [n_conv, n_channels] are the convolution's taps, `output` makes the layer's output. A delta net and Mamba-2 have
+    `decay` and `step_bias` [n_rank], and a `norm` of their output, [n_state] of each head or [n_inner / n_group,
+    n_group]. Only Mamba-2 has a `conv_bias` [n_channels], and `skip` [1, n_rank], by which its values pass the state.
     """
 
     inputs: tuple[LinearSource, ...]
@@ -141,25 +142,32 @@ class RecurrentSources:
     decay: WeightSource | None = None
     step_bias: WeightSource | None = None
     norm: WeightSource | None = None
+    conv_bias: WeightSource | None = None
+    skip: WeightSource | None = None
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
-        """The taps, and what a delta net adds and multiplies."""
-        return tuple(one for one in (self.conv, self.decay, self.step_bias, self.norm) if one)
+        """The taps, and what a delta net or Mamba-2 adds and multiplies."""
+        return tuple(one for one in (self.conv, *self.parts) if one)
+
+    @property
+    def parts(self) -> tuple[WeightSource | None, ...]:
+        """What a short convolution does not have, in this order."""
+        return self.decay, self.step_bias, self.norm, self.conv_bias, self.skip
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSources:
-    """One block. `qkv` is three matrices, two where values are the keys, or one of all; `gate_up` two or one; `router`
-    None in a dense block.
+    """One block. `qkv` is three matrices, two where values are keys, or one of all; `gate_up` two, one of both, or up
+    alone; `router` None in a dense block.
 
     A block without attention has no `attn_norm`, one without a feed-forward part no `ffn_norm`; norms are vectors with
     or without a bias. With `latent` attention `qkv` are the matrices of queries, or of their low rank, and of the low
     rank of keys and values, and `q_norm` and `k_norm` are those of the low ranks. `sinks` [n_head] take part in the
     softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
     weights. `aux` are the gains and shifts [n_embd, n_expert] of selected experts that are not computed, or none.
-    `expert_biases` are gate's, up's and down's [n, n_expert], or none, `expert_scales` factors [n_expert] on
-    their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. `router_scale` [n_embd]
+    `expert_biases` are those of each of an expert's matrices [n, n_expert], or none, `expert_scales` factors [n_expert]
+    on their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. `router_scale` [n_embd]
     multiplies the input of a router that reads the residual stream. In a
     native file `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the
     router's order, and otherwise absent.

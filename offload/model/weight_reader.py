@@ -1,16 +1,16 @@
 """Finds the weights of a model in its file, and refuses what would go unread."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from gguf import GGMLQuantizationType
 
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
-from slimoe.offload.model.native_format import PROJECTIONS, constants_name, read_layout, stack_name
+from slimoe.offload.model.native_format import constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, ModelTensor, layer_tensors
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, layer_tensors
 from slimoe.offload.model.tensors import (
     BucketSources,
     LatentSources,
@@ -147,9 +147,6 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         {tensor.role: tensor.name for tensor in layer_tensors(spec, layer) if tensor.name.endswith(suffix)}
         for suffix in (".bias", ".scale")
     )
-    gate_up: tuple[LinearSource, ...] = ()
-    down: LinearSource | None = None
-    buckets: BucketSources | None = None
 
     def weight(role: str) -> WeightSource | None:
         if role not in names or (tensors[role].is_optional and names[role] not in reader.gguf.tensors):
@@ -164,25 +161,17 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
             return None
         return LinearSource(reader.weight(names[role]), reader.weight(biases[role]) if role in biases else None)
 
-    if not spec.layer_shape(layer).n_expert and "ffn_gate" in names:
-        gate_up, down = (linear("ffn_gate"), linear("ffn_up")), linear("ffn_down")
-    elif layout:
-        native = layout.layers[layer]
-        buckets = _buckets(reader, native, layer)
-        if native.is_plain:  # The best copies lie as in a stock file.
-            *inner, down = map(LinearSource, buckets.buckets[native.buckets[0][0]])
-            gate_up = tuple(inner)
-    else:
-        gate_up = _gate_up_experts(reader, spec, layer)
-        down = reader.experts(layer, "ffn_down", spec.n_expert)
+    shape = spec.layer_shape(layer)
+    buckets = _buckets(reader, spec, layout.layers[layer], layer) if layout and shape.n_expert else None
+    gate_up, down = _feed_forward(reader, spec, layer, buckets)
     has_attention = "attn_output" in names
     latent = _latent(linear, names) if "attn_kv_a_mqa" in names else None
-    recurrent = _recurrent(reader, tensors) if spec.is_recurrent(layer) and "attn_norm" in names else None
+    is_recurrent = spec.is_recurrent(layer) and shape.has_attention
     return LayerSources(
-        attn_norm=vector("attn_norm"),
+        attn_norm=vector("attn_norm") if shape.has_attention else None,
         qkv=_qkv(reader, spec, layer) if has_attention else (),
         attn_output=linear("attn_output") if has_attention else None,
-        ffn_norm=vector(spec.architecture.ffn_norm),
+        ffn_norm=vector(spec.architecture.ffn_norm) if shape.n_ff else None,
         router=vector("ffn_gate_inp"),
         gate_up=gate_up,
         down=down,
@@ -193,13 +182,33 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         shared=_shared(spec, layer, linear, weight, names),
         latent=latent,
         sinks=weight("attn_sinks"),
-        recurrent=recurrent,
+        recurrent=_recurrent(reader, spec, layer) if is_recurrent else None,
         expert_biases=_expert_biases(reader, spec, layer, buckets),
-        expert_scales=_expert_scales(reader, spec, layer, buckets, is_merged=len(gate_up) == 1),
+        expert_scales=_expert_scales(reader, spec, layer, buckets, n_stacks=len(gate_up)),
         router_scale=reader.floats(scales["ffn_gate_inp"], (spec.n_embd,)) if "ffn_gate_inp" in scales else None,
         post=PostSources(*map(weight, _POST if spec.architecture.has_post_norms else ())),
         aux=tuple(reader.floats(names[role], tensors[role].ne) for role in (AUX_GAIN, AUX_SHIFT) if role in names),
     )
+
+
+def _feed_forward(
+    reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None
+) -> tuple[tuple[LinearSource, ...], LinearSource | None]:
+    """The matrices of a dense part, or the stacks of experts as in a stock file, without down and down; none if a
+    native file's experts, in `buckets`, do not lie so.
+    """
+    shape = spec.layer_shape(layer)
+    if buckets is not None:
+        if not buckets.layout.is_plain:
+            return (), None
+        *inner, down = map(LinearSource, buckets.buckets[buckets.layout.buckets[0][0]])
+    elif shape.n_expert:
+        inner, down = [*_gate_up_experts(reader, spec, layer)], reader.experts(layer, "ffn_down", spec.n_expert)
+    elif shape.n_ff:
+        *inner, down = (reader.linear(f"blk.{layer}.ffn_{part}") for part in spec.architecture.projections)
+    else:
+        return (), None
+    return tuple(inner), down
 
 
 def _shared(
@@ -213,9 +222,9 @@ def _shared(
     of = spec.architecture.shared
     if of is None or not spec.layer_shape(layer).n_expert or f"ffn_down{of.suffix}" not in names:
         return None
-    gate, up, down = (linear(f"ffn_{projection}{of.suffix}") for projection in PROJECTIONS)
+    *gate_up, down = (linear(f"ffn_{projection}{of.suffix}") for projection in spec.architecture.projections)
     norms = (weight("ffn_norm"), weight("post_ffw_norm_1")) if of.width == "dense" else ()
-    return SharedSources((gate, up), down, weight("ffn_gate_inp_shexp"), *norms)
+    return SharedSources(tuple(gate_up), down, weight("ffn_gate_inp_shexp"), *norms)
 
 
 def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> LatentSources:
@@ -227,68 +236,77 @@ def _latent(linear: Callable[[str], LinearSource], names: Collection[str]) -> La
     return LatentSources(q, k, v)
 
 
-def _recurrent(reader: _Reader, tensors: Mapping[str, ModelTensor]) -> RecurrentSources:
-    """A recurrent layer's weights by their roles."""
+def _recurrent(reader: _Reader, spec: ModelSpec, layer: int) -> RecurrentSources:
+    """A recurrent layer's weights."""
+    block = f"blk.{layer}."
+    shapes = {tensor.name.removeprefix(block): tensor.ne for tensor in layer_tensors(spec, layer)}
 
     def linear(role: str) -> LinearSource:
-        return LinearSource(reader.weight(tensors[role].name))
+        return LinearSource(reader.weight(f"{block}{role}.weight"))
 
-    def floats(role: str) -> WeightSource:
-        return reader.floats(tensors[role].name, tensors[role].ne)
+    def floats(name: str) -> WeightSource:
+        return reader.floats(block + name, shapes[name])
 
-    if "shortconv.conv" in tensors:
-        return RecurrentSources((linear("shortconv.in_proj"),), floats("shortconv.conv"), linear("shortconv.out_proj"))
-    inputs = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
+    if "shortconv.conv.weight" in shapes:
+        in_proj, out_proj = linear("shortconv.in_proj"), linear("shortconv.out_proj")
+        return RecurrentSources((in_proj,), floats("shortconv.conv.weight"), out_proj)
+    inputs = ("ssm_in", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
     return RecurrentSources(
-        inputs=tuple(linear(role) for role in inputs if role in tensors),
-        conv=floats("ssm_conv1d"),
+        inputs=tuple(linear(role) for role in inputs if f"{role}.weight" in shapes),
+        conv=floats("ssm_conv1d.weight"),
         output=linear("ssm_out"),
         decay=floats("ssm_a"),
-        step_bias=floats("ssm_dt"),
-        norm=floats("ssm_norm"),
+        step_bias=floats("ssm_dt.bias"),
+        norm=floats("ssm_norm.weight"),
+        conv_bias=floats("ssm_conv1d.bias") if "ssm_conv1d.bias" in shapes else None,
+        skip=floats("ssm_d") if "ssm_d" in shapes else None,
     )
 
 
-def _buckets(reader: _Reader, native: NativeLayer, layer: int) -> BucketSources:
+def _buckets(reader: _Reader, spec: ModelSpec, native: NativeLayer, layer: int) -> BucketSources:
     """A native layer's experts."""
-    stacks = [
-        [reader.weight(stack_name(layer, part, bucket)) for part in PROJECTIONS] for bucket in range(native.n_bucket)
-    ]
+    stacks = (
+        tuple(reader.weight(stack_name(layer, part, bucket)) for part in spec.architecture.projections)
+        for bucket in range(native.n_bucket)
+    )
     constants = reader.optional(constants_name(layer)) if native.target else None
-    return BucketSources(native, tuple((gate, up, down) for gate, up, down in stacks), constants)
+    return BucketSources(native, tuple(stacks), constants)
 
 
 def _gate_up_experts(reader: _Reader, spec: ModelSpec, layer: int) -> tuple[LinearSource, ...]:
-    """The stacks of gate and up, which some files keep as one whose matrices have gate's rows first."""
-    name = f"blk.{layer}.ffn_gate_up_exps.weight"
-    if name not in reader.gguf.tensors or spec.architecture.has_expert_biases:
-        return tuple(reader.experts(layer, role, spec.n_expert) for role in ("ffn_gate", "ffn_up"))
+    """The stacks of gate and up, which some files keep as one whose matrices have gate's rows first, or of up alone."""
+    name, inner = f"blk.{layer}.ffn_gate_up_exps.weight", spec.architecture.projections[:-1]
+    if name not in reader.gguf.tensors or spec.architecture.has_expert_biases or len(inner) < 2:
+        return tuple(reader.experts(layer, f"ffn_{part}", spec.n_expert) for part in inner)
     return (LinearSource(reader.weight(name)),)
 
 
-def _names_of_experts(layer: int, suffix: str) -> list[str]:
-    return [f"blk.{layer}.ffn_{projection}_exps.{suffix}" for projection in PROJECTIONS]
+def _names_of_experts(spec: ModelSpec, layer: int, suffix: str) -> list[str]:
+    return [f"blk.{layer}.ffn_{projection}_exps.{suffix}" for projection in spec.architecture.projections]
 
 
 def _expert_biases(
     reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None
 ) -> tuple[WeightSource, ...]:
-    """Gate's, up's and down's biases of all stored experts; narrower experts use the first of each."""
+    """The biases of all stored experts; narrower experts use the first of each."""
     shape = spec.layer_shape(layer)
     if not spec.architecture.has_expert_biases or not shape.n_expert:
         return ()
     n_stored = len(buckets.layout.buckets) if buckets else shape.n_expert
-    lengths = (shape.n_ff, shape.n_ff, spec.n_embd)
-    names = _names_of_experts(layer, "bias")
+    names = _names_of_experts(spec, layer, "bias")
+    lengths = (*[shape.n_ff] * (len(names) - 1), spec.n_embd)
     return tuple(reader.floats(name, (n, n_stored)) for name, n in zip(names, lengths, strict=True))
 
 
 def _expert_scales(
-    reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None, *, is_merged: bool
+    reader: _Reader, spec: ModelSpec, layer: int, buckets: BucketSources | None, *, n_stacks: int
 ) -> tuple[WeightSource | None, ...]:
-    """Factors on the products of all stored experts, of which a file may have any, but merged ones none."""
+    """Factors on the products of all stored experts, of which a file may have any, but of gate and up none where both
+    are one of `n_stacks`, that of down not counted.
+    """
     n_stored = len(buckets.layout.buckets) if buckets else spec.layer_shape(layer).n_expert
-    names = _names_of_experts(layer, "scale")
+    names = _names_of_experts(spec, layer, "scale")
+    is_merged = n_stacks == 1 < len(names) - 1
     has = [name in reader.gguf.tensors and not (is_merged and name != names[-1]) for name in names]
     if spec.layer_shape(layer).n_expert and spec.architecture.has_down_scales:
         has[-1] = True

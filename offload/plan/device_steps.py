@@ -125,7 +125,8 @@ class _Shapes:
         mask, window_mask = (self._new(kinds.F16, n_kv, n) for n_kv in (shape.n_kv, shape.n_window_kv))
         cells, window_cells = (self._new(kinds.I64, n) for _ in range(2))
         n_parts = spec.recurrent.n_parts if spec.recurrent else 0
-        states = (self._new(kinds.I32, n_parts), self._new(kinds.I64, n_parts)) if n_parts else (0, 0)
+        states = [self._new(kinds.I32, n_parts), self._new(kinds.I64, n_parts), self._new(kinds.I32, 1)]
+        states = states if n_parts else [0, 0, 0]
         inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
         blocks = BlockBuilder(ctx, graph, spec, weights, self, shape, inputs)
         for index in self._layers:

@@ -126,6 +126,8 @@ def work_lines(work: CompressWork) -> list[str]:
     rows = [head, *_layer_rows(work)]
     if all(row[3] == row[4] for row in rows[1:]):
         rows = [(*row[:3], "gate, up" if row is head else row[3], *row[5:]) for row in rows]
+    elif all(row[3] == "-" for row in rows[1:]):
+        rows = [(*row[:3], *row[4:]) for row in rows]
     if all(row[-2] == "-" for row in rows[1:]):
         rows = [(*row[:-2], row[-1]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -167,7 +169,9 @@ def _layer_rows(work: CompressWork) -> Iterable[tuple[str, ...]]:
     sizes, rows = layer_bytes(work.layout), []
     for index, layer in enumerate(work.plan.layers):
         attention = _joined(_attention(layer)) if layer.has_attention else "none"
-        projections = [_types(layer.experts, number) for number in range(len(PROJECTIONS))]
+        n_missing = len(PROJECTIONS) - len(work.source.spec.architecture.projections)
+        numbers = range(len(PROJECTIONS) - n_missing)
+        projections = ["-"] * n_missing + [_types(layer.experts, number) for number in numbers]
         others = _joined(_dense_or_shared(layer))
         rows.append((layer.block, (attention, _experts(work, layer), *projections, others, human(sizes[index]))))
     for row, group in groupby(rows, key=lambda pair: pair[1]):

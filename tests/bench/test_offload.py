@@ -262,7 +262,7 @@ def test_random_experts_in_buckets_are_of_the_types_and_widths_that_were_asked_f
     }
     assert found == {"blk.1.ffn_down_exps.b0.weight": ("Q6_K", 2), "blk.1.ffn_down_exps.b1.weight": ("Q3_K", 2)}
     with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1))) as engine:
-        widths = [copies[0].gate.ne[1] for layer in engine.plan.layers if layer for copies in layer.experts]
+        widths = [copies[0].n_ff for layer in engine.plan.layers if layer for copies in layer.experts]
         assert widths == [512, 256] * 4
         assert np.isfinite(engine.prefill([1, 2, 3])).all()
         assert np.isfinite(engine.decode(4)).all()

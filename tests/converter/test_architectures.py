@@ -90,7 +90,8 @@ def test_what_recurrent_layers_forget_and_take_in_keeps_more_bits(tmp_path: Path
     stored, found = file_tensors(path), file_tensors(result)
     assert stored.keys() == found.keys()
     wanted = {"ssm_conv1d": Type.F32, "shortconv.conv": Type.F32, "shortconv.in_proj": Type.Q6_K, "ssm_out": Type.Q6_K}
-    wanted |= {"attn_qkv": Type.Q6_K, "ffn_up_exps": Type.Q4_K}
+    wanted |= {"attn_qkv": Type.Q6_K, "ssm_in": Type.Q6_K, "ffn_up_exps": Type.Q4_K}
+    wanted |= dict.fromkeys(("ssm_a", "ssm_d", "ssm_norm"), Type.F32)
     wanted |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_ba", "attn_k"), Type.Q8_0)
     roles = {tensor: tensor.removesuffix(".weight").split(".", 2)[-1] for tensor in found}
     assert {found[tensor].tensor_type is wanted[role] for tensor, role in roles.items() if role in wanted} == {True}

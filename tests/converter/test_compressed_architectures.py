@@ -66,7 +66,7 @@ biases of experts, windows and sinks; joined queries, keys and values; norms beh
 and heads of windows.
 """
 LATENT = ("deepseek2", "deepseek2-old", "mistral4")
-RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe")
+RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe")
 SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
 TOKENS = random_tokens(40, SHAPE.n_vocab)
 SEED = 3
@@ -77,12 +77,16 @@ def of(path: Path, name: str) -> ModelSource:
     shape = replace(SHAPE, n_expert=16) if name == "bailingmoe2" else SHAPE
     shape = replace(SHAPE, n_layer=4) if name in RECURRENT else shape
     shape = replace(SHAPE, n_head=4, n_head_kv=1, n_embd_head=128) if name == "gemma4" else shape
+    # llama.cpp knows Granite's Mamba-2 layers with twice as many values as the stream only.
+    shape = replace(shape, n_embd=256) if name == "granitehybrid" else shape
     return gguf_source(write_family(path, name, shape=shape))
 
 
 def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What the part puts out, every expert computed for every token; and the shared expert's products by role."""
     router = read_router(source, layer)
+    if not source.layers[layer].has_ffn:
+        return 0 * h, {}
     if router is None:
         norm, dense = read_dense(source, layer)
         return dense(norm(h)), {}
@@ -104,10 +108,12 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
         return y, products
     if shared is None:
         return y, {}
-    gate, up = shared.expert.gate(x), shared.expert.up(x)
-    down = shared.expert.down(torch.nn.functional.silu(gate) * up)
+    inner = [linear(x) for linear in shared.expert.inner]
+    gated = torch.nn.functional.silu(inner[0]) if len(inner) > 1 else inner[0].relu()
+    down = shared.expert.down(gated * inner[-1])
     scale = 1.0 if shared.gate is None else (x @ shared.gate).sigmoid()[:, None]
-    return y + scale * down, {"ffn_gate_shexp": gate, "ffn_up_shexp": up, "ffn_down_shexp": down}
+    names = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")[-1 - len(inner) :]
+    return y + scale * down, dict(zip(names, (*inner, down), strict=True))
 
 
 def vector(source: ModelSource, layer: int, role: str, kind: str = "weight") -> torch.Tensor:
@@ -142,15 +148,15 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
     rows = torch.from_numpy(source.read(MatrixKey("token_embd.weight"))[TOKENS]).requires_grad_()
     h, ys, products, updates = scales.embedding * rows, [], [], []
     for layer in range(source.spec.n_layer):
-        attention = read_attention(source, layer)
-        assert attention is not None
-        is_plain = isinstance(attention, Attention) and attention.latent is None
-        seen = attend(attention, source.spec, h)
-        h = h + seen.update
+        attention, mixed = read_attention(source, layer), dict[str, torch.Tensor]()
+        if attention is not None:
+            is_plain = isinstance(attention, Attention) and attention.latent is None
+            seen = attend(attention, source.spec, h)
+            h, mixed = h + seen.update, {} if is_plain else dict(seen.products)
         y, others = feed_forward(source, layer, h)
         ys.append(y)
         middle = h
-        products.append(others | ({} if is_plain else dict(seen.products)))
+        products.append(others | mixed)
         h = joined(source, layer, h, y, others)
         updates.append((middle, h))
     likelihood = head(h).log_softmax(-1).gather(1, labels[:, None]).sum()
@@ -203,10 +209,11 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
 @pytest.mark.parametrize("name", [*ROWS, *LATENT, *RECURRENT])
 def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: str) -> None:
     source, statistics = calibrated(name)
-    known = set(imatrix_of(statistics).entries)
-    unread = ("token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+    known = set(imatrix_of(statistics, source.spec.architecture.projections).entries)
+    unread = ["token_embd.weight", "ffn_gate_inp_shexp.weight", "rope_factors_short.weight", "rope_factors_long.weight"]
     weights = [key.name for key, shape in source.shapes.items() if len(shape) > 1 and key.name.endswith(".weight")]
-    matrices = {name for name in weights if not name.endswith((*unread, "ssm_conv1d.weight", "shortconv.conv.weight"))}
+    unread += ["ssm_conv1d.weight", "shortconv.conv.weight", "ssm_norm.weight"]
+    matrices = {name for name in weights if not name.endswith(tuple(unread))}
     # Statistics name what reads attention's input, of which Gemma's layers without a window have no values' matrix.
     assert known - ({"blk.1.attn_v.weight"} if name == "gemma4" else set()) == matrices | {"output.weight"}
 
@@ -215,7 +222,8 @@ def test_statistics_know_what_every_matrix_reads(calibrated: Calibrated, name: s
 def test_an_imatrix_reaches_every_matrix(calibrated: Calibrated, tmp_path: Path, name: str) -> None:
     """A delta net's joined input is a matrix of its own, and not that of attention."""
     source, statistics = calibrated(name)
-    write_imatrix(imatrix_of(statistics), tmp_path / "imatrix.gguf")
+    imatrix = imatrix_of(statistics, source.spec.architecture.projections)
+    write_imatrix(imatrix, tmp_path / "imatrix.gguf")
     options = ConvertOptions(source.path, tmp_path / "m.gguf", "Q4_0", imatrix=tmp_path / "imatrix.gguf")
     fitted = plan_conversion(options).fitted
     assert fitted is not None
@@ -259,6 +267,10 @@ STOCK = {
     "delta nets": ("qwen35moe", ExpertRecipe(4, merge="m-smoe"), F32),
     "delta nets' types": ("qwen35moe", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
     "short convolutions": ("lfm2moe", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "Mamba-2": ("granitehybrid", ExpertRecipe(6, "reap"), F32),
+    "experts without a gate": ("nemotron_h_moe", ExpertRecipe(6, "reap"), F32),
+    "experts without a gate, merged": ("nemotron_h_moe", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "their types": ("nemotron_h_moe", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
     "a dense part beside experts": ("gemma4", ExpertRecipe(6, "reap"), F32),
     "scales of merged experts": ("gemma4", ExpertRecipe(4, merge="hc-smoe"), F32),
     "types beside a dense part": ("gemma4", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0")),
@@ -298,6 +310,15 @@ NATIVE = {
     "delta nets, constants": ("qwen3next", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "a block with a delta net less": ("qwen35moe", Recipe(drop_blocks=1, types=F32)),
     "no delta net": ("qwen35moe", Recipe(drop_attention=1, types=F32)),
+    "Mamba-2, merged": ("granitehybrid", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
+    "no Mamba-2": ("granitehybrid", Recipe(drop_attention=1, types=F32)),
+    "joined experts without a gate": (
+        "nemotron_h_moe",
+        Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32),
+    ),
+    "narrower ones": ("nemotron_h_moe", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
+    "constants among them": ("nemotron_h_moe", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
+    "a layer of one part less": ("nemotron_h_moe", Recipe(drop_blocks=1, types=F32)),
     "short convolutions, merged": ("lfm2moe", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
     "a dense part beside joined experts": ("gemma4", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
     "constants beside a dense part": ("gemma4", Recipe(experts=ExpertRecipe(5, replacement="constant"), types=F32)),
@@ -425,10 +446,10 @@ def test_a_size_is_met_with_all_matrices_priced(calibrated: Calibrated, tmp_path
     budget = 6.5 * sum(map(math.prod, source.shapes.values())) / 8
     assert 0.93 * budget < path.stat().st_size == report.n_bytes <= budget
     tensors = read_gguf(path).tensors
-    apart = ("_conv1d", "conv.conv", "_gate_inp.")
+    apart = ("_conv1d", "conv.conv", "_gate_inp.", "ssm_norm", "ssm_a", "ssm_d")
     matrices = [key for key, one in tensors.items() if len(one.ne) > 1 and not any(part in key for part in apart)]
     assert {tensors[key].type.name for key in matrices} <= {"Q4_0", "Q8_0"}
-    assert any(key.startswith("blk.1.attn_") for key in matrices)
+    assert any(".attn_output." in key for key in matrices)
     has_shared = any("_shexp" in key or key == "blk.1.ffn_down.weight" for key in matrices)
     assert has_shared == bool(source.spec.experts.n_ff_shared)
     assert {one.type.name for key, one in tensors.items() if "exp_probs_b" in key} <= {"F32"}

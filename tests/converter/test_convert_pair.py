@@ -95,7 +95,7 @@ def test_each_expert_has_its_two_copies(pair: Path, stock: dict[str, Path]) -> N
         assert layer.target == tuple(range(6))
         for expert, copies in enumerate(layer.experts):
             for copy, theirs in zip(copies, expected, strict=True):
-                for part, source in (("gate", copy.gate), ("up", copy.up), ("down", copy.down)):
+                for part, source in zip(("gate", "up", "down"), copy.matrices, strict=True):
                     assert stored(source) == theirs[f"blk.{index}.ffn_{part}_exps.weight"].data[expert].tobytes()
 
 

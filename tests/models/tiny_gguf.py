@@ -170,6 +170,8 @@ class Family:
     recurrent_tensors: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     is_gated: bool = False
     window: "WindowShape | None" = None
+    only_experts: tuple[int, ...] = ()
+    """Layers of experts alone; if there are any, all others are without a feed-forward part. Experts have no gate."""
     is_merged: bool = False
     """Whether gate and up of the experts are one tensor."""
 
@@ -231,6 +233,31 @@ _DELTA_NET: dict[str, tuple[str | int, ...]] = {
     "ssm_norm.weight": (64,),
     "ssm_out.weight": ("n_embd", 256),
 }
+
+
+def _mamba2(n_group: int) -> dict[str, tuple[str | int, ...]]:
+    return {
+        "ssm_in.weight": (1032 + 128 * n_group, "n_embd"),
+        "ssm_conv1d.weight": (512 + 128 * n_group, 4),
+        "ssm_conv1d.bias": (512 + 128 * n_group,),
+        "ssm_dt.bias": (8,),
+        "ssm_a": (8, 1),
+        "ssm_d": (8, 1),
+        "ssm_norm.weight": (n_group, 512 // n_group),
+        "ssm_out.weight": ("n_embd", 512),
+    }
+
+
+def _mamba2_keys(n_group: int) -> dict[str, int | float | bool | str | list[int]]:
+    return {
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 512,
+        "ssm.state_size": 64,
+        "ssm.time_step_rank": 8,
+        "ssm.group_count": n_group,
+    }
+
+
 _GATED_SHARED: dict[str, tuple[str | int, ...]] = _shared(256) | {"ffn_gate_inp_shexp.weight": ("n_embd",)}
 FAMILIES = {
     "llama": Family(),
@@ -262,6 +289,21 @@ FAMILIES = {
             "logit_scale": 0.75,
         },
         tensors=_shared(512),
+    ),
+    "granitehybrid": Family(
+        has_output=False,
+        keys=_mamba2_keys(1)
+        | {
+            "expert_shared_feed_forward_length": 512,
+            "embedding_scale": 1.5,
+            "residual_scale": 0.6,
+            "attention.scale": 0.125,
+            "logit_scale": 0.75,
+            "rope.scaling.finetuned": False,
+        },
+        tensors=_shared(512),
+        recurrent=(0, 2),
+        recurrent_tensors=_mamba2(1),
     ),
     "dots1": Family(
         "head",
@@ -470,6 +512,23 @@ FAMILIES = {
         },
         whole={"token_embd_norm.weight": ("n_embd",)},
     ),
+    "nemotron_h_moe": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys=_mamba2_keys(2)
+        | {
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 512,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+            "expert_group_count": 1,
+            "attention.layer_norm_epsilon": 1e-6,
+        },
+        tensors={name: dims for name, dims in _shared(512).items() if "gate" not in name} | _CHOICE,
+        recurrent=(0, 3),
+        recurrent_tensors=_mamba2(2),
+        only_experts=(1, 4),
+    ),
     "gemma4": Family(
         "head",
         "expert_feed_forward_length",
@@ -529,17 +588,22 @@ def write_family(
     writer.add_context_length(512)
     writer.add_block_count(shape.n_layer)
     writer.add_embedding_length(shape.n_embd)
-    writer.add_feed_forward_length(shape.n_ff if family.width_key == "feed_forward_length" else 7 * shape.n_ff)
+    if family.only_experts:
+        widths = [shape.n_ff if layer in family.only_experts else 0 for layer in range(shape.n_layer)]
+        writer.add_feed_forward_length(widths)
+    else:
+        writer.add_feed_forward_length(shape.n_ff if family.width_key == "feed_forward_length" else 7 * shape.n_ff)
     if family.width_key == "expert_feed_forward_length":
         writer.add_expert_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
     if family.latent:
         _add_latent_keys(writer, family.latent, shape.n_head)
     else:
-        of_layers = [0 if layer in family.recurrent else shape.n_head_kv for layer in range(shape.n_layer)]
+        without = (*family.recurrent, *family.only_experts)
+        of_layers = [0 if layer in without else shape.n_head_kv for layer in range(shape.n_layer)]
         if family.window:
             of_layers = _add_window_keys(writer, family.window, shape)
-        has_each = family.window or "shortconv.l_cache" in family.keys
+        has_each = family.window or (family.recurrent and not family.is_gated)
         writer.add_head_count_kv(of_layers if has_each else shape.n_head_kv)
         writer.add_key_length(shape.n_embd_head)
         writer.add_value_length(shape.n_embd_head)
@@ -565,11 +629,13 @@ def write_family(
             writer.add_tensor(tensor, np.where(np.arange(dims[0]) < dims[0] // 4, 1.0, 1e30).astype(np.float32))
         elif tensor.endswith(".bias"):
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 4)
+        elif tensor.endswith("ssm_d"):
+            writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 2 + 1)
         elif tensor.endswith("ssm_a"):
             writer.add_tensor(tensor, -np.exp(rng.standard_normal(dims, dtype=np.float32) - 1))
         elif "conv" in tensor and dims[-1] < 8:
             writer.add_tensor(tensor, rng.standard_normal(dims, dtype=np.float32) / 2)
-        elif len(dims) == 1:
+        elif len(dims) == 1 or tensor.endswith("ssm_norm.weight"):
             # Where nothing divides the products of queries and keys, norms keep them small.
             size = 0.25 if family.window and "attn_q_norm" in tensor else 1.0
             writer.add_tensor(tensor, size * (rng.standard_normal(dims, dtype=np.float32) / 8 + 1))
@@ -691,6 +757,13 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     for n in range(shape.n_layer):
         is_dense = n < family.n_dense
         is_recurrent = n in family.recurrent
+        if family.only_experts:
+            kept = _single_part(n, family, attention, experts) | ({"attn_norm": (d,)})
+            tensors |= {f"blk.{n}.{name}.weight": dims for name, dims in kept.items()}
+            tensors |= {f"blk.{n}.{name}": dims for name, dims in (recurrent if is_recurrent else {}).items()}
+            if n in family.only_experts:
+                tensors |= {f"blk.{n}.{name}": dims for name, dims in extra.items()}
+            continue
         mixer = {"attn_norm": (d,), family.ffn_norm: (d,)} if is_recurrent else attention
         layer = mixer | (dense if is_dense else experts)
         if family.window:
@@ -705,6 +778,15 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
             f"blk.{n}.{name}": dims for name, dims in extra.items() if not (is_dense and name.startswith(of_ffn))
         }
     return tensors
+
+
+def _single_part(
+    n: int, family: Family, attention: dict[str, tuple[int, ...]], experts: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """What layer `n` has of these, if it is one part."""
+    if n in family.only_experts:
+        return {name: dims for name, dims in experts.items() if name != "ffn_gate_exps"}
+    return {} if n in family.recurrent else {name: dims for name, dims in attention.items() if name != "ffn_norm"}
 
 
 def _window_tensors(window: WindowShape, shape: FineShape, n: int) -> dict[str, tuple[int, ...]]:

@@ -114,6 +114,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Tensors]] = {
         FACTORS,
     ),
     "Llama's short divisors": ("llama", {"rope.scaling.type": "longrope"}, FACTORS),
+    "Mamba-2 beside attention that rotates": ("granitehybrid", {"rope.scaling.finetuned": None}, {}),
     "no multipliers but the logits'": (
         "granitemoe",
         dict.fromkeys(("embedding_scale", "residual_scale", "attention.scale")),

@@ -98,7 +98,7 @@ def test_the_map_says_where_experts_are(tmp_path: Path) -> None:
             assert (found[0] == "h") == ((shown.layer, expert) in held and row not in shown.reading)
             format = snapshot.experts.formats[found[1]]
             copy = layer.experts[expert][0]
-            assert (format.types.split()[0], format.bytes) == (copy.gate.type.name, copy.n_bytes)
+            assert (format.types.split()[0], format.bytes) == (copy.matrices[0].type.name, copy.n_bytes)
     assert {"h", "."} <= {mark for one in snapshot.experts.layers for mark in one.tiers}
 
 

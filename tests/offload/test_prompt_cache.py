@@ -24,7 +24,7 @@ from tests.models.tiny_gguf import FineShape, write_family
 from tests.offload.devices import Devices
 
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
-PLAIN, RECURRENT = ("qwen3moe", "gemma4", "deepseek2", "deepseek2-old"), ("qwen3next", "qwen35moe", "lfm2moe")
+PLAIN, RECURRENT = ("qwen3moe", "gemma4", "deepseek2", "deepseek2-old"), ("qwen3next", "lfm2moe", "nemotron_h_moe")
 BLOCK, STEP, N_BATCH = 32, 32, 128
 """At most so many tokens are in a block; of a prompt a state is kept at the last multiple of a step."""
 N_ANSWER = 6

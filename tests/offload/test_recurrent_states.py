@@ -33,7 +33,7 @@ from tests.models.tiny_gguf import FAMILIES as FAMILIES_OF_FILES
 from tests.models.tiny_gguf import FineShape, write_family
 from tests.offload.devices import Devices
 
-FAMILIES = ("qwen3next", "qwen35moe", "lfm2moe")
+FAMILIES = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe")
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
 draw = random.Random(3)
 SYSTEM = tuple(draw.randrange(300) for _ in range(100))
@@ -235,6 +235,9 @@ def test_taps_of_another_type_are_refused(tmp_path: Path) -> None:
         ("qwen3next", {"ssm.inner_size": 128}, "its delta net has 128 values"),
         ("qwen35moe", {"ssm.state_size": None}, r"ssm\.state_size is missing"),
         ("qwen35moe", {"ssm.state_size": 0}, "is no count"),
+        ("granitehybrid", {"ssm.inner_size": 500}, "Mamba-2 layers have 500 values in 8 heads, and 1 groups"),
+        ("granitehybrid", {"ssm.group_count": 3}, "Mamba-2 layers have 512 values in 8 heads, and 3 groups"),
+        ("granitehybrid", {"attention.head_count_kv": 0}, "is no count"),
     ],
 )
 def test_impossible_sizes_are_refused(tmp_path: Path, name: str, keys: dict[str, int | None], problem: str) -> None:

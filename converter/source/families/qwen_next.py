@@ -87,6 +87,7 @@ class DeltaNetConfig(RoutedConfig, frozen=True, kw_only=True):
             n_state,
             n_group,
             n_rank,
+            n_state * n_rank,
         )
 
     def unsupported(self, architecture: Architecture) -> str | None:
@@ -159,7 +160,7 @@ def _add_one(values: Values) -> Values:
     return values + np.float32(1.0)
 
 
-def _decay(stored: StoredMatrix, _: RecurrentSpec) -> StoredMatrix:
+def decay(stored: StoredMatrix, _: RecurrentSpec) -> StoredMatrix:
     """The factors of decay, which are stored as the logarithms of their opposites."""
     return replace(stored, rows=ChangedRows(stored.rows, _negative_exponential))
 
@@ -256,7 +257,7 @@ _NEXT = Family(
     QWEN3NEXT,
     _NAMES | {"linear_attn.in_proj_ba": "ssm_ba"},
     skipped=("mtp.",),
-    changes=_NORMS | {"ssm_a": _decay, "ssm_conv1d.weight": squeezed},
+    changes=_NORMS | {"ssm_a": decay, "ssm_conv1d.weight": squeezed},
     split={"linear_attn.in_proj_qkvz.weight": {"attn_qkv.weight": _joined, "attn_gate.weight": _gates}},
 )
 _TEXT = Family(
@@ -279,7 +280,7 @@ _TEXT = Family(
         "ssm_beta.weight": _tiled_heads,
         "ssm_conv1d.weight": _tiled_channels,
         "ssm_dt.bias": lambda stored, of: _tiled_columns(stored, _tiled(of, 1)),
-        "ssm_a": lambda stored, of: _tiled_columns(_decay(stored, of), _tiled(of, 1)),
+        "ssm_a": lambda stored, of: _tiled_columns(decay(stored, of), _tiled(of, 1)),
         "ssm_out.weight": lambda stored, of: _tiled_columns(stored, _tiled(of, of.n_state)),
     },
 )

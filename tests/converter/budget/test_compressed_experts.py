@@ -10,7 +10,7 @@ import torch
 
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.compressed_experts import CompressedSource, fit_compressed_experts
-from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.forward.stream import Observer, Sequences, final_logits, run
 from slimoe.converter.layout.offsets import plan_bytes
 from slimoe.converter.recipe.recipe import ExpertRecipe, Recipe, StorageRecipe

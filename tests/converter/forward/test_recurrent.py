@@ -31,7 +31,7 @@ def test_chunks_of_a_delta_rule_are_its_steps(n_tokens: int) -> None:
     torch.testing.assert_close(found.transpose(0, 1)[None], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe", "lfm2moe"])
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe"])
 def test_a_long_text_is_read_as_the_engine_reads_it(tmp_path: Path, name: str) -> None:
     path = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_layer=4, n_embd_head=64, n_expert=16))
     tokens = random_tokens(2 * CHUNK + 9, 300)

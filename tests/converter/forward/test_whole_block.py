@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimoe.converter.budget.compressed_experts import CompressedSource
-from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.forward.stream import Observer, Stream
 from slimoe.converter.forward.tensor_source import TensorSource
 from slimoe.converter.forward.whole_block import pass_block

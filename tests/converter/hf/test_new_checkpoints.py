@@ -55,11 +55,13 @@ COUNTS = {
     "Qwen3Next": "num_experts",
     "Qwen3_5Moe": "num_experts",
     "Lfm2Moe": "num_experts",
+    "GraniteMoeHybrid": "num_local_experts",
 }
 """The field of the number of experts in the configuration of each class."""
 
 
-LAYER_TYPES = {name: ["linear_attention"] * 2 + ["full_attention"] for name in ("Qwen3Next", "Qwen3_5Moe")}
+DELTA_NETS = ("Qwen3Next", "Qwen3_5Moe")
+LAYER_TYPES = {name: ["linear_attention"] * 2 + ["full_attention"] for name in (*DELTA_NETS, "GraniteMoeHybrid")}
 LAYER_TYPES["Lfm2Moe"] = ["conv", "conv", "full_attention"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slimoe.converter.forward.aux_experts import AuxVectors
+from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.methods.compressed_experts import AuxSample, fit_vectors, held_out_rows
 
 N_ROW, N_EMBD, N_AUX = 6, 5, 2

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from slimoe.converter.forward.block import Expert, Linear
+from slimoe.converter.forward.expert import Expert, Linear
 from slimoe.converter.forward.stream import Sequences, run
 from slimoe.converter.layout.plan import ExpertPlan
 from slimoe.converter.methods.expert_groups import (

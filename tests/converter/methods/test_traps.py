@@ -9,7 +9,8 @@ import torch
 
 from slimoe.converter.budget.compress import plan_compression
 from slimoe.converter.budget.structure import build_structure
-from slimoe.converter.forward.block import Expert, Linear, read_expert
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.expert import Expert, Linear
 from slimoe.converter.forward.stream import Observer, run
 from slimoe.converter.forward.texts import default_texts, read_texts
 from slimoe.converter.methods.removal import Removal, attention_removals, block_removals, layer_removals, margin
@@ -114,7 +115,7 @@ def test_a_narrower_experts_down_matrix_is_fitted_to_what_it_reads(model: HeldMo
             own = x[torch.from_numpy(naive.by_expert()[:, expert] > 0)]
             errors = []
             for down in (columns, fitted):
-                narrow = Expert(Linear(whole.gate.weight[kept]), Linear(whole.up.weight[kept]), Linear(down))
+                narrow = Expert.of([*(Linear(one.weight[kept]) for one in whole.inner), Linear(down)])
                 errors.append(float((narrow(own) - whole(own)).square().sum()))
             assert errors[1] < 0.9 * errors[0]
 

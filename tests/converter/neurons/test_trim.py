@@ -7,7 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slimoe.converter.forward.block import Expert, Linear, read_expert
+from slimoe.converter.forward.block import read_expert
+from slimoe.converter.forward.expert import Expert, Linear
 from slimoe.converter.forward.stream import Observer, Sequences, run
 from slimoe.converter.neurons.hidden_sums import HiddenCollector, HiddenSums, hidden_sums, shrunk_covariance
 from slimoe.converter.neurons.trim import (
@@ -56,14 +57,14 @@ def down_of(expert: Expert) -> NDArray[np.float32]:
 def narrowed(expert: Expert, trimmed: TrimmedExpert) -> Expert:
     kept = torch.from_numpy(trimmed.kept)
     down = Linear(torch.from_numpy(trimmed.down))
-    return Expert(Linear(expert.gate.weight[kept]), Linear(expert.up.weight[kept]), down)
+    return Expert.of([*(Linear(one.weight[kept]) for one in expert.inner), down])
 
 
 @pytest.mark.parametrize("n_pair", [20, 150])
 def test_half_of_paired_neurons_answers_like_all(n_pair: int) -> None:
     half = random_expert(n_pair, 24, 1)
     order = torch.randperm(2 * n_pair, generator=torch.Generator().manual_seed(2))
-    gate, up = (torch.cat((one.weight, one.weight))[order] for one in (half.gate, half.up))
+    gate, up = (torch.cat((one.weight, one.weight))[order] for one in half.inner)
     expert = Expert(Linear(gate), Linear(up), random_expert(2 * n_pair, 24, 3).down)
     x = inputs(1500, 24)
     covariance = hidden_sums(expert, x).covariance()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slimoe.converter.forward.block import Expert, Linear
+from slimoe.converter.forward.expert import Expert, Linear
 from slimoe.converter.neurons.hidden_sums import HiddenSums
 from slimoe.converter.neurons.trim import trim
 from slimoe.converter.neurons.width_errors import WidthErrorTable, narrower_widths

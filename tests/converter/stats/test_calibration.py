@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import slimoe.converter.stats.forward_pass as calibration
-from slimoe.converter.forward.block import Expert, Linear
+from slimoe.converter.forward.expert import Expert, Linear
 from slimoe.converter.forward.texts import CalibrationText
 from slimoe.converter.source.held_source import HeldSource
 from slimoe.converter.source.model_source import MatrixKey, ModelSource

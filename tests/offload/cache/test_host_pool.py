@@ -96,7 +96,7 @@ class Bench:
 
     def assert_holds(self, key: Key, addresses: Addresses) -> None:
         copy = self.copies[key]
-        for address, source in zip(addresses, (copy.gate, copy.up, copy.down), strict=True):
+        for address, source in zip(addresses, copy.matrices, strict=True):
             assert ctypes.string_at(address, source.n_bytes) == self.bytes_of(source)
 
     def bytes_of(self, source: WeightSource) -> bytes:

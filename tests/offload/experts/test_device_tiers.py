@@ -294,7 +294,7 @@ def assert_slots_hold_their_experts(engine: Engine) -> None:
             assert bank is not None
             assert key[0] in bank.layers
             pool = device.pools[bank]
-            for stack, matrix in zip(pool.stacks, (copy.gate, copy.up, copy.down), strict=True):
+            for stack, matrix in zip(pool.stacks, copy.matrices, strict=True):
                 (span,) = matrix.spans
                 stored = np.fromfile(engine.gguf.paths[span.shard], np.uint8, span.n_bytes, offset=span.offset)
                 there = np.empty_like(stored)

@@ -45,7 +45,7 @@ def copy(kind: Type, n_ff: int = 64) -> ExpertCopy:
     """An expert of 64 x `n_ff` that lies nowhere."""
     n_bytes = {Type.Q8_0: 34, Type.Q4_0: 18, Type.F16: 64}[kind] * 2 * n_ff
     parts = [WeightSource(name, (64, n_ff), kind, (Span(0, 0, n_bytes),)) for name in ("gate", "up", "down")]
-    return ExpertCopy(*parts)
+    return ExpertCopy(tuple(parts))
 
 
 def layer(

@@ -39,8 +39,8 @@ def assert_experts(path: Path, content: GGUFContent) -> None:
         assert (layer.target, layer.constants, layer.n_expert_used) == ((0, 1, 2, 3, 4), None, 3)
         assert layer.router.name == f"blk.{index}.ffn_gate_inp.weight"
         for expert, (copy,) in enumerate(layer.experts):
-            assert copy.n_bytes == sum(len(bytes_of(path, part)) for part in (copy.gate, copy.up, copy.down))
-            for name, part in (("gate", copy.gate), ("up", copy.up), ("down", copy.down)):
+            assert copy.n_bytes == sum(len(bytes_of(path, part)) for part in copy.matrices)
+            for name, part in zip(("gate", "up", "down"), copy.matrices, strict=True):
                 stack = content.tensors[f"blk.{index}.ffn_{name}_exps.weight"]
                 assert bytes_of(path, part) == stack.data[expert].tobytes()
 
@@ -67,9 +67,8 @@ def test_one_expert_is_a_stack_of_one(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", None, shape=TinyShape(n_layer=1, n_expert=1, n_expert_used=1))
     (layer,) = layers_of(path)
     ((copy,),) = layer.experts
-    assert copy.gate.ne == (64, 96)
-    assert copy.down.ne == (96, 64)
-    assert copy.gate.name != copy.up.name
+    assert [matrix.ne for matrix in copy.matrices] == [(64, 96), (64, 96), (96, 64)]
+    assert len({matrix.name for matrix in copy.matrices}) == 3
 
 
 def test_a_class_is_types_and_shapes(tmp_path: Path, content: GGUFContent) -> None:

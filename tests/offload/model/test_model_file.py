@@ -19,7 +19,10 @@ from tests.models.native_files import NativeFfn, StoredExpert, write_native
 from tests.models.tiny_gguf import FAMILIES, FineShape, TinyShape, write_family, write_tiny_gguf
 
 SHAPE = FineShape(n_layer=2, n_expert=8, n_expert_used=4)
-SHAPES = {"deepseek2-lite": FineShape(n_layer=2, n_ff=32, n_expert=6, n_expert_used=2)}
+SHAPES = {
+    "deepseek2-lite": FineShape(n_layer=2, n_ff=32, n_expert=6, n_expert_used=2),
+    "nemotron_h_moe": FineShape(n_layer=3, n_expert=8, n_expert_used=4),
+}
 
 
 def problem_of(file: ModelFile) -> str:
@@ -33,7 +36,8 @@ def problem_of(file: ModelFile) -> str:
 def is_small(tensor: gguf.ReaderTensor) -> bool:
     """Whether it is a norm, a bias, a factor, a divisor, a router or a convolution, and is read at all."""
     is_one = len(tensor.shape) == 1 or tensor.name.endswith(".bias")
-    is_one = is_one or any(part in tensor.name for part in ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv"))
+    is_one = is_one or any(part in tensor.name for part in ("ffn_gate_inp", "conv", "ssm_a", "ssm_d", "ssm_norm"))
+    is_one = is_one and not tensor.name.endswith(("ssm_alpha.weight", "conv.in_proj.weight", "conv.out_proj.weight"))
     return is_one and ".indexer." not in tensor.name
 
 

@@ -111,7 +111,7 @@ def test_everything_at_once_is_read_back(tmp_path: Path, stock: GGUFContent) -> 
     for expert, copies in zip(MIXED.experts, first.experts, strict=True):
         assert len(copies) == len(expert.types)
         for number, copy in enumerate(copies):
-            for part, source in (("gate", copy.gate), ("up", copy.up), ("down", copy.down)):
+            for part, source in zip(("gate", "up", "down"), copy.matrices, strict=True):
                 assert source.type is expert.types[number]
                 expected = dequantised(stock, 0, expert, part, number)
                 np.testing.assert_array_equal(values(path, source), expected)

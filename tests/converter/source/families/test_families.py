@@ -27,11 +27,17 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "DeepseekV2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
     "Dots1": {"n_routed_experts": 9, "n_shared_experts": 2, "num_experts_per_tok": 3},
     "Lfm2Moe": {"layer_types": ["conv"] * 31 + ["full_attention"]},
+    "GraniteMoeHybrid": {"layer_types": ["linear_attention"] * 31 + ["full_attention"]},
+    "NemotronH": {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
 }
 """The fields for which the class has no default that a model could be made with."""
 
 
-WITHOUT = {"Qwen3_5Moe": ("intermediate_size", "norm_topk_prob"), "Lfm2Moe": ("hidden_act",)}
+WITHOUT = {
+    "Qwen3_5Moe": ("intermediate_size", "norm_topk_prob"),
+    "Lfm2Moe": ("hidden_act",),
+    "NemotronH": ("hidden_act",),
+}
 """Fields that other classes have."""
 
 
@@ -50,7 +56,8 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(tmp_path:
 def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     settings = REQUIRED.get(name, {})
     found, expected = ours(f"{name}ForCausalLM", settings), theirs(f"{name}ForCausalLM", settings)
-    fields = {field: {"rms_norm_eps": "norm_eps"}.get(field, field) if name == "Lfm2Moe" else field for field in FIELDS}
+    eps = {"Lfm2Moe": "norm_eps", "NemotronH": "layer_norm_epsilon"}.get(name, "rms_norm_eps")
+    fields = {field: eps if field == "rms_norm_eps" else field for field in FIELDS}
     for field, theirs_ in fields.items():
         if theirs_ not in WITHOUT.get(name, ()):
             assert getattr(found, field) == getattr(expected, theirs_), field
@@ -58,7 +65,7 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     if found.recurrent:
         kinds = ["conv" if name == "Lfm2Moe" else "linear_attention", "full_attention"]
         assert found.recurrent.layers == tuple(kind == kinds[0] for kind in expected.layer_types)
-        assert set(expected.layer_types) == set(kinds)
+        assert set(expected.layer_types) == {*kinds, *(["moe"] if name == "NemotronH" else [])}
     if latent := found.attention.latent:
         rotation = "yarn" if name == "Mistral4" else UNSET
         assert (found.n_rot, found.rope.rope_type) == (expected.qk_rope_head_dim, rotation)
@@ -67,8 +74,9 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     else:
         head_dim = getattr(expected, "head_dim", None)
         assert found.n_embd_head == (head_dim or expected.hidden_size // expected.num_attention_heads)
-    assert found.rope_theta == expected.rope_parameters["rope_theta"]
-    if name != "Mistral4":  # Its class computes it.
+    if name != "NemotronH":  # Nothing rotates.
+        assert found.rope_theta == expected.rope_parameters["rope_theta"]
+    if name not in ("Mistral4", "NemotronH"):  # Mistral's class computes it.
         assert found.partial_rotary_factor == expected.rope_parameters.get("partial_rotary_factor")
     n_expert = next(
         getattr(expected, n) for n in ("n_routed_experts", "num_experts", "num_local_experts") if hasattr(expected, n)
@@ -88,6 +96,11 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     aliases |= {*WITHOUT.get(name, ()), "full_attention_interval"}  # The class makes layer_types of it.
     if name == "Lfm2Moe":
         aliases |= {"rms_norm_eps", "tie_embedding", "attention_bias"}  # It is norm_eps; an older name; refused.
+    if name == "GraniteMoeHybrid":
+        aliases |= {"layers_block_type"}  # The class makes layer_types of it.
+    if name == "NemotronH":  # Older names, what is passed over, and what is refused.
+        aliases |= {"rms_norm_eps", "layer_types", "hybrid_override_pattern", "hidden_act", "rope_parameters"}
+        aliases |= {"num_hidden_layers", "first_k_dense_replace"}
     if name == "Glm4MoeLite":
         aliases |= {"first_k_dense_replace"}  # In files of before mlp_layer_types, and 1 there.
     assert own - aliases <= set(expected.to_dict())

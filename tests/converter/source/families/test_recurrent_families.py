@@ -13,7 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from slimoe.converter.budget.compress import plan_removal
 from slimoe.converter.convert import ConvertOptions, plan
+from slimoe.converter.hf.export import lay_out_checkpoint
+from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.inventory import take_inventory
 from slimoe.converter.source.model_source import Blocks
 from slimoe.converter.source.open_source import open_source
@@ -26,6 +29,7 @@ from tests.models.gguf_content import Array
 from tests.models.tiny_checkpoint import CHATML, byte_level, logits
 
 NAMES = ("Qwen3Next", "Qwen3_5Moe", "Lfm2Moe")
+MAMBA = ("GraniteMoeHybrid", "NemotronH")
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 
 
@@ -100,7 +104,12 @@ def test_an_image_encoder_and_what_predicts_further_tokens_are_told_apart(tmp_pa
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_nemotron_has_an_output_matrix_whatever_it_says(tmp_path: Path) -> None:
+    assert_all_alike(save_family(tmp_path / "c", "NemotronH", tie_word_embeddings=True), tmp_path / "m.gguf")
+    assert "output.weight" in read_gguf(tmp_path / "m.gguf").tensors
+
+
+@pytest.mark.parametrize("name", [*NAMES, "GraniteMoeHybrid"])
 def test_a_table_that_is_the_output_too(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / "c", name, tie_word_embeddings=True)
     assert_all_alike(source, tmp_path / "m.gguf")
@@ -173,6 +182,8 @@ BROKEN: list[tuple[str, str, tuple[int, ...] | None, str]] = [
     ("Qwen3_5Moe", "linear_attn.norm", None, r"tensor blk\.0\.ssm_norm\.weight is missing"),
     ("Lfm2Moe", "conv.conv", (64, 1, 4), r"tensor blk\.0\.shortconv\.conv\.weight has the shape \(4, 64\), but"),
     ("Lfm2Moe", "conv.in_proj", None, r"tensor blk\.0\.shortconv\.in_proj\.weight is missing"),
+    ("GraniteMoeHybrid", "mamba.in_proj", (300, 64), r"tensor blk\.0\.ssm_in\.weight has the shape \(64, 300\), but"),
+    ("GraniteMoeHybrid", "mamba.norm", (120,), r"tensor blk\.0\.ssm_norm\.weight has the shape \(120, 1\), but"),
 ]
 
 
@@ -191,8 +202,78 @@ def test_tensors_that_are_missing_or_of_another_shape(
         open_source(source)
 
 
+def test_a_granite_that_rotates(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "c", "GraniteMoeHybrid", position_embedding_type="rope")
+    assert_all_alike(source, tmp_path / "m.gguf")
+    assert read_gguf(tmp_path / "m.gguf").metadata["granitehybrid.rope.scaling.finetuned"] is True
+
+
+def test_layers_in_older_words(tmp_path: Path) -> None:
+    granite, nemotron = (save_family(tmp_path / name, name) for name in MAMBA)
+    for source, settings in (
+        (granite, {"layer_types": ["mamba", "attention", "mamba"]}),
+        (granite, {"layer_types": None, "layers_block_type": ["mamba", "attention", "mamba"]}),
+        (nemotron, {"layers_block_type": ["mamba", "moe", "attention", "mamba", "moe"]}),
+        (nemotron, {"layers_block_type": None, "hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5}),
+    ):
+        expected = open_source(source).spec
+        older = with_config(shutil.copytree(source, tmp_path / "older", dirs_exist_ok=True), **settings)
+        assert open_source(older).spec == expected
+
+
+def test_names_of_tensors_as_transformers_has_them_in_memory(tmp_path: Path) -> None:
+    """What it saves, and NVIDIA's files have, begins with another word."""
+    source = save_family(tmp_path / "c", "NemotronH")
+    expected = open_source(source).shapes
+    assert any(name.startswith("backbone.layers.") for name in load_file(source / "model.safetensors"))
+
+    def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("backbone.", "model."): one for name, one in tensors.items()}
+
+    assert open_source(with_tensors(source, renamed)).shapes == expected
+
+
 @pytest.mark.parametrize(
-    ("name", "tensor"), [("Qwen3_5Moe", "linear_attn.conv1d.bias"), ("Lfm2Moe", "conv.in_proj.bias")]
+    ("name", "settings", "problem"),
+    [
+        ("GraniteMoeHybrid", {"mamba_conv_bias": False}, "mamba_conv_bias is false and mamba_proj_bias false"),
+        ("GraniteMoeHybrid", {"layer_types": ["linear_attention"] * 3}, "no layer has attention"),
+        ("GraniteMoeHybrid", {"layer_types": ["full_attention"] * 3}, "no layer has Mamba-2"),
+        ("GraniteMoeHybrid", {"layer_types": ["mamba"]}, "layer_types has not one of"),
+        ("GraniteMoeHybrid", {"mamba_d_head": 9}, "mamba_expand times hidden_size is 128"),
+        ("GraniteMoeHybrid", {"mamba_n_groups": 3}, "8 heads of Mamba-2 layers do not divide into 3 groups"),
+        ("NemotronH", {"moe_latent_size": 32}, "moe_latent_size is 32; experts between projections"),
+        ("NemotronH", {"layers_block_type": ["linear_attention", "mlp"]}, "layers_block_type has 'mlp'"),
+        ("NemotronH", {"layers_block_type": ["moe", "mamba"]}, "no layer is full_attention"),
+        ("NemotronH", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu', but nemotron_h_moe files have relu2"),
+        ("NemotronH", {"use_bias": True}, "use_bias is true"),
+        ("NemotronH", {"use_conv_bias": False}, "use_conv_bias is false"),
+        ("NemotronH", {"sliding_window": 17}, "sliding_window is 17"),
+    ],
+)
+def test_settings_that_no_file_can_say_are_refused(
+    tmp_path: Path, name: str, settings: dict[str, Any], problem: str
+) -> None:
+    source = with_config(save_family(tmp_path / "c", name), **settings)
+    with pytest.raises(UnsupportedModelError, match=problem):
+        open_source(source)
+
+
+def test_no_checkpoint_is_written_of_layers_of_one_part(tmp_path: Path) -> None:
+    source = open_source(save_family(tmp_path / "c", "NemotronH"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"no checkpoint of a NemotronHForCausalLM is written\. Write a GGUF"
+    ):
+        lay_out_checkpoint(source, plan_removal(source, None, Recipe()))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("Qwen3_5Moe", "linear_attn.conv1d.bias"),
+        ("Lfm2Moe", "conv.in_proj.bias"),
+        ("GraniteMoeHybrid", "mamba.in_proj.bias"),
+    ],
 )
 def test_biases_that_no_file_has_are_refused(tmp_path: Path, name: str, tensor: str) -> None:
     bias = {f"model.layers.0.{tensor}": torch.ones(320)}
