@@ -219,6 +219,21 @@ def test_recurrent_layers_beside_each_other(recurrent_model: Path) -> None:
     assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 0
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma4"])
+def test_layers_that_keep_only_a_window(tmp_path: Path, name: str) -> None:
+    """Of fewer tokens than a step verifies."""
+    path = write_family(tmp_path / "m.gguf", name, shape=FineShape(n_layer=3, n_expert=8, n_expert_used=2))
+    with (
+        closing(open_engine("resident", path, "none")) as plain,
+        closing(open_engine("resident", path, "ngram")) as drafting,
+    ):
+        for asked in (*([one] for one in REQUESTS.values()), list(REQUESTS.values())):
+            wanted, drafted = (answers(engine, *asked) for engine in (plain, drafting))
+            assert [one.tokens for one in drafted] == [one.tokens for one in wanted]
+        assert drafting.cells.has_windows
+        assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 20
+
+
 # --- where nothing is drafted -------------------------------------------------------------------------------
 
 
