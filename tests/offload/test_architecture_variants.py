@@ -291,6 +291,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] 
     "an unread length": ("qwen3moe", {"feed_forward_length": [64] * 3}, {}, ModelFileError, "has 3 entries, but 2 bel"),
     "many blocks": ("glm4moe", {"block_count": 1 << 31}, {}, ModelFileError, "block_count is 2147483648, which cannot"),
     "no bias of outputs": ("gpt-oss", {}, none_of("attn_output.bias"), ModelFileError, "blk.0.attn_output.bias is mis"),
+    "experts between projections": (
+        "nemotron_h_moe",
+        {"moe_latent_size": 64},
+        {},
+        UnsupportedModelError,
+        "moe_latent_size is 64: experts between projections to fewer values, as Nemotron 3 Super has, are not",
+    ),
+    "no attention": ("nemotron_h_moe", {}, {}, ModelFileError, "no layer has attention"),
+    "no experts": ("nemotron_h_moe", {"feed_forward_length": [0, 0]}, {}, ModelFileError, "no layer has"),
     "no blocks": ("glm4moe", {"nextn_predict_layers": 2}, {}, ModelFileError, "2 of 2 blocks predict further tokens"),
 }
 
