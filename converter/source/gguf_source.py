@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from slimoe.converter.gguf.bytes import add_samples, read_bytes
-from slimoe.converter.source.model_source import Blocks, MatrixKey, SourceLayer, constant_key, expert_key
+from slimoe.converter.source.model_source import (
+    Blocks,
+    MatrixKey,
+    ScatteredBlocks,
+    SourceLayer,
+    constant_key,
+    expert_key,
+)
 from slimoe.converter.source.stored_model import StoredModel, no_mtp_block
 from slimoe.converter.source.stored_rows import BlockRows, StoredMatrix
 from slimoe.offload.errors import UnsupportedModelError
@@ -89,9 +96,13 @@ def _layer_weights(
 
 
 def _matrix(gguf: GGUFFile, weight: WeightSource) -> StoredMatrix:
-    span = weight.spans[0]
-    assert len(weight.spans) == 1, weight.name
-    blocks = Blocks(weight.type, gguf.paths[span.shard], span.offset, span.n_bytes)
+    span, *others = weight.spans
+    assert all(other.shard == span.shard for other in others), weight.name
+    path = gguf.paths[span.shard]
+    if others:
+        blocks: Blocks = ScatteredBlocks.of(weight.type, path, [(one.offset, one.n_bytes) for one in weight.spans])
+    else:
+        blocks = Blocks(weight.type, path, span.offset, span.n_bytes)
     n_rows = math.prod(weight.ne[1:])
     return StoredMatrix(weight.ne[::-1], BlockRows(weight.name, blocks, n_rows, weight.ne[0]))
 

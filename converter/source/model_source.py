@@ -87,6 +87,28 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class ScatteredBlocks(Blocks):
+    """Blocks that lie apart in one file: the `stretches` (offset, bytes) follow each other, from `offset` on."""
+
+    stretches: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, kind: GGMLQuantizationType, path: Path, stretches: Sequence[tuple[int, int]]) -> "ScatteredBlocks":
+        """All bytes of these stretches."""
+        return cls(kind, path, stretches[0][0], sum(n_bytes for _, n_bytes in stretches), tuple(stretches))
+
+    def read(self, begin: int, n_bytes: int) -> NDArray[np.uint8]:
+        """`n_bytes` bytes of the blocks from byte `begin` of them on; raises ModelFileError."""
+        parts, end = list[NDArray[np.uint8]](), begin + n_bytes
+        for offset, n in self.stretches:
+            first, last = max(begin, 0), min(end, n)
+            if first < last:
+                parts.append(read_bytes(self.path, offset + first, last - first))
+            begin, end = begin - n, end - n
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True, slots=True)
 class SourceLayer:
     """A layer's experts. `target` says for each router row which stored expert it means, or -1 - n for constant n.
 

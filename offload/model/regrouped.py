@@ -1,8 +1,10 @@
 """The weights of a model in other groups than its file has: joined, taken from their stacks, or without the experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.tensors import LayerSources, LinearSource, ModelSources, Span, WeightSource, rows_of
 
 
@@ -34,6 +36,31 @@ def join_rows(parts: Sequence[LinearSource]) -> tuple[LinearSource, ...]:
     spans = tuple(span for index in range(n_stack) for w in weights for span in stacked_matrix(w, index).spans)
     ne = (first.ne[0], sum(w.ne[1] for w in weights), *first.ne[2:])
     return (LinearSource(WeightSource("+".join(w.name for w in weights), ne, first.type, spans)),)
+
+
+def gathered_rows(source: WeightSource, name: str, ranges: Iterable[tuple[int, int]]) -> WeightSource:
+    """The rows of a matrix in these ranges, (first, behind the last), one range behind the other."""
+    parts = [rows_of(source, name, *one) for one in ranges]
+    spans = tuple(span for part in parts for span in part.spans)
+    return WeightSource(name, (source.ne[0], sum(part.ne[1] for part in parts)), source.type, spans)
+
+
+def delta_net_inputs(joint: WeightSource, block: str, of: RecurrentSpec) -> tuple[WeightSource, WeightSource]:
+    """The matrices `attn_qkv` and `attn_gate` of a delta net whose file has both as one, by key heads.
+
+    Of each key head the `joint` matrix has a query, a key, its value heads and their gates, one behind the other.
+    Source: llama.cpp's models/qwen3next.cpp, `ssm_in`.
+    """
+    n_values = of.n_inner // of.n_group
+    widths = (of.n_state, of.n_state, n_values, n_values)
+    ends = (*accumulate(widths),)
+
+    def ranges(*parts: int) -> list[tuple[int, int]]:
+        begins = [(ends[part] - widths[part] + head * ends[-1], part) for part in parts for head in range(of.n_group)]
+        return [(begin, begin + widths[part]) for begin, part in begins]
+
+    qkv = gathered_rows(joint, f"{block}attn_qkv.weight", ranges(0, 1, 2))
+    return qkv, gathered_rows(joint, f"{block}attn_gate.weight", ranges(3))
 
 
 def stacked_matrix(stack: WeightSource, index: int) -> WeightSource:

@@ -12,6 +12,7 @@ from slimoe.offload.model.spec import ModelSpec
 
 _Layout = dict[str, tuple[int, ...]]
 _ATTENTION_INPUT = ("attn_q", "attn_k", "attn_v")
+_DELTA_NET_INPUT = ("attn_qkv", "attn_gate")
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
 RECURRENT_FLOATS = ("ssm_conv1d", "shortconv.conv", "ssm_norm", "ssm_a", "ssm_d")
 """The roles of recurrent layers' taps, norms and factors, which have two axes and are F32 in every file."""
@@ -161,14 +162,16 @@ def check_shapes(gguf: GGUFFile, spec: ModelSpec, tensors: Iterable[ModelTensor]
 def _layouts(spec: ModelSpec, tensors: Iterable[ModelTensor]) -> Iterator[list[_Layout]]:
     """Groups of tensors, each in the layouts that files have of it, the usual one first; {} is no tensor."""
     joined: _Layout = {}
+    joint = {} if spec.attention.latent else dict.fromkeys(_ATTENTION_INPUT, "attn_qkv")
+    joint |= dict.fromkeys(_DELTA_NET_INPUT, "ssm_in") if spec.architecture.groups_heads else {}
     for tensor in tensors:
-        if tensor.role in _ATTENTION_INPUT and spec.attention.latent is None:
+        if tensor.role in joint:
             joined[tensor.name] = tensor.ne
-            if tensor.role == _ATTENTION_INPUT[-1]:
+            if tensor.role in (_ATTENTION_INPUT[-1], _DELTA_NET_INPUT[-1]):
                 n_rows = sum(n for _, n in joined.values())
                 if tensor.is_optional:  # Without a matrix of their own, values are the keys.
                     yield [{}, {tensor.name: joined.pop(tensor.name)}]
-                yield [joined, {f"blk.{tensor.layer}.attn_qkv.weight": (spec.n_embd, n_rows)}]
+                yield [joined, {f"blk.{tensor.layer}.{joint[tensor.role]}.weight": (spec.n_embd, n_rows)}]
                 joined = {}
         elif tensor.name.endswith("_exps.weight"):
             stem = tensor.name.removesuffix("_exps.weight")

@@ -9,6 +9,8 @@ from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf.header import GGUFFile, TensorInfo
 from slimoe.offload.model.native_format import constants_name, read_layout, stack_name
 from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
+from slimoe.offload.model.recurrent_spec import RecurrentSpec
+from slimoe.offload.model.regrouped import delta_net_inputs
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, layer_tensors
 from slimoe.offload.model.tensors import (
@@ -250,9 +252,10 @@ def _recurrent(reader: _Reader, spec: ModelSpec, layer: int) -> RecurrentSources
     if "shortconv.conv.weight" in shapes:
         in_proj, out_proj = linear("shortconv.in_proj"), linear("shortconv.out_proj")
         return RecurrentSources((in_proj,), floats("shortconv.conv.weight"), out_proj)
-    inputs = ("ssm_in", "attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_ba")
+    joint = spec.recurrent and _joint_inputs(reader, block, spec.recurrent, shapes)
+    roles = ("ssm_in", *(() if joint else ("attn_qkv", "attn_gate")), "ssm_beta", "ssm_alpha", "ssm_ba")
     return RecurrentSources(
-        inputs=tuple(linear(role) for role in inputs if f"{role}.weight" in shapes),
+        inputs=(*(joint or ()), *(linear(role) for role in roles if f"{role}.weight" in shapes)),
         conv=floats("ssm_conv1d.weight"),
         output=linear("ssm_out"),
         decay=floats("ssm_a"),
@@ -261,6 +264,14 @@ def _recurrent(reader: _Reader, spec: ModelSpec, layer: int) -> RecurrentSources
         conv_bias=floats("ssm_conv1d.bias") if "ssm_conv1d.bias" in shapes else None,
         skip=floats("ssm_d") if "ssm_d" in shapes else None,
     )
+
+
+def _joint_inputs(reader: _Reader, block: str, of: RecurrentSpec, names: Collection[str]) -> tuple[LinearSource, ...]:
+    """A delta net's first two matrices, of the one that older files have in their place; none where they are two."""
+    has_two = f"{block}attn_qkv.weight" in reader.gguf.tensors
+    if has_two or "attn_qkv.weight" not in names or f"{block}ssm_in.weight" not in reader.gguf.tensors:
+        return ()
+    return tuple(map(LinearSource, delta_net_inputs(reader.weight(f"{block}ssm_in.weight"), block, of)))
 
 
 def _buckets(reader: _Reader, spec: ModelSpec, native: NativeLayer, layer: int) -> BucketSources:

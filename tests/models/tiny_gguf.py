@@ -233,6 +233,7 @@ _DELTA_NET: dict[str, tuple[str | int, ...]] = {
     "ssm_norm.weight": (64,),
     "ssm_out.weight": ("n_embd", 256),
 }
+_DELTA_NET_INPUT = ("attn_qkv.weight", "attn_gate.weight")
 
 
 def _mamba2(n_group: int) -> dict[str, tuple[str | int, ...]]:
@@ -481,6 +482,18 @@ FAMILIES = {
         recurrent=(0, 2),
         recurrent_tensors=_DELTA_NET | {"ssm_ba.weight": (8, "n_embd")},
         is_gated=True,
+    ),
+    "qwen3next-old": Family(
+        "head",
+        "expert_feed_forward_length",
+        keys=_DELTA_KEYS | {"full_attention_interval": 2},
+        tensors=_GATED_SHARED,
+        ffn_norm="post_attention_norm",
+        recurrent=(0, 2),
+        recurrent_tensors={name: dims for name, dims in _DELTA_NET.items() if name not in _DELTA_NET_INPUT}
+        | {"ssm_in.weight": (768, "n_embd"), "ssm_ba.weight": (8, "n_embd")},
+        is_gated=True,
+        arch="qwen3next",
     ),
     "qwen35moe": Family(
         "head",

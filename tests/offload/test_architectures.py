@@ -41,6 +41,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     # llama.cpp takes queries for one matrix where a model has as many layers as DeepSeek-V2-Lite or a few others.
     "deepseek2-lite": FineShape(n_layer=26, n_ff=32, n_expert=6, n_expert_used=2),
     "qwen3next": FineShape(n_layer=4, n_expert=16),
+    "qwen3next-old": FineShape(n_layer=4, n_expert=16),
     "qwen35moe": FineShape(n_layer=4, n_expert=16),
     "lfm2moe": FineShape(n_layer=4, n_embd_head=64, n_expert=16),
     "granitehybrid": FineShape(n_layer=4, n_expert=16),
