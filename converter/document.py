@@ -25,14 +25,30 @@ MAX_TOML_BYTES = 16 << 10
 _AGAIN = "Download the checkpoint again."
 _PLACE = re.compile(r"(?P<message>.*) - at `(?P<place>.*)`", re.DOTALL)
 
+_WORDS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|-?Infinity', re.DOTALL)
+"""Strings, and what Python writes for numbers without an end, for which JSON has no word."""
+
 
 class BadDocumentError(ValueError):
     """A document is too large, is no JSON or TOML, or has a value of another type; the message says what and where."""
 
 
 def decode_json(data: bytes, kind: type[T], max_bytes: int = MAX_JSON_BYTES) -> T:
-    """Decodes JSON as `kind`; raises BadDocumentError."""
-    return _decode(lambda: msgspec.json.decode(data, type=kind), "JSON", len(data), max_bytes)
+    """Decodes JSON as `kind`; raises BadDocumentError.
+
+    Infinity, as Python's own json module writes it though JSON has no such word, is read as transformers 5 spells it,
+    the object {"__float__": "Infinity"}.
+    """
+
+    def decode() -> T:
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            return msgspec.json.decode(_WORDS.sub(_spelled, data), type=kind)
+
+    return _decode(decode, "JSON", len(data), max_bytes)
 
 
 def decode_toml(data: bytes, kind: type[T], max_bytes: int = MAX_TOML_BYTES) -> T:
@@ -63,6 +79,10 @@ def _decode(decode: Callable[[], T], language: str, n_bytes: int, max_bytes: int
     except (msgspec.DecodeError, ValueError) as error:
         # ValueError: bytes that are no text, and numbers with more digits than Python reads.
         raise BadDocumentError(f"this is not readable as {language} ({error})") from None
+
+
+def _spelled(match: re.Match[bytes]) -> bytes:
+    return match[0] if match[0].startswith(b'"') else b'{"__float__":"' + match[0] + b'"}'
 
 
 def _with_place(message: str) -> str:

@@ -126,7 +126,7 @@ def checkpoint_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
         for is_image, note in _LEFT_OUT.items()
         if any(any(part in one for part in _IMAGES) is is_image for one in unread)
     )
-    return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices, left_out)
+    return StoredModel(path, spec, checkpoint.source_hash, metadata, layers, matrices, (*left_out, *config.notes))
 
 
 def read_model_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:

@@ -1,5 +1,6 @@
 """Documents of strangers become values of the wanted types, or errors that say where and why."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert decode_toml(b"n_layer = 3\nnames.a = 1", Sizes) == Sizes(3, UNSET, {"a": 1})
 
 
+def test_infinity_is_read_as_transformers_5_spells_it() -> None:
+    """Python's json module writes the word, which is none of JSON."""
+    text = '{"Infinity": [0.0, Infinity], "-Infinity": -Infinity, "a": "\\\\\\" Infinity"}'
+    found = decode_json(text.encode(), dict[str, Any])
+    assert found["Infinity"] == [0.0, {"__float__": "Infinity"}]
+    assert (found["-Infinity"], found["a"]) == ({"__float__": "-Infinity"}, json.loads(text)["a"])
+    assert decode_json(b'{"n_layer": 3, "other": [0.0, Infinity]}', Sizes) == Sizes(3)
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -36,6 +46,9 @@ def test_values_have_the_types_of_their_fields() -> None:
         (b'{"n_layer": 3, "eps": []}', "eps: expected float | null, got array"),
         (b'{"n_layer": 3, "eps": 1e999}', "eps: number out of range"),
         (b'{"n_layer": 3, "eps": NaN}', "not readable as JSON"),
+        (b'{"n_layer": 3, "eps": Infinity}', "eps: expected float | null, got object"),
+        (b'{"n_layer": 3, "other": Infinity', "not readable as JSON"),
+        (b'"' + b'\\"' * 500_000, "not readable as JSON"),
         (b'{"n_layer": 3, "names": {"a": {}}}', "expected int, got object"),
         (b"[]", "the whole of it: expected object, got array"),
         (b'{"eps": 1}', "missing required field n_layer"),

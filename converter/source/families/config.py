@@ -87,6 +87,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     score_function: str | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what transformers computes otherwise than GGUF files of these settings mean."""
+        return ()
+
+    @property
     def n_head_kv(self) -> int:
         """Key and value heads."""
         return self.num_key_value_heads or self.num_attention_heads

@@ -7,7 +7,13 @@ from msgspec import Meta
 
 from slimoe.converter.source.families.config import Count, ModelConfig, Positive, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, STACKED, Family
-from slimoe.converter.source.families.hybrids import MAMBA_CHANGES, MAMBA_NAMES, MambaSizes
+from slimoe.converter.source.families.hybrids import (
+    MAMBA_CHANGES,
+    MAMBA_NAMES,
+    MambaSizes,
+    StepLimit,
+    limit_problem,
+)
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import GRANITEHYBRID, GRANITEMOE
 from slimoe.offload.model.expert_spec import ExpertSpec
@@ -81,6 +87,7 @@ class GraniteMoeHybridConfig(GraniteMoeSharedConfig, frozen=True, kw_only=True):
     mamba_expand: SmallCount = 2
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
+    time_step_limit: StepLimit | None = None
 
     @property
     def kinds(self) -> Sequence[str]:
@@ -124,7 +131,8 @@ class GraniteMoeHybridConfig(GraniteMoeSharedConfig, frozen=True, kw_only=True):
         if not self.mamba_conv_bias or self.mamba_proj_bias:
             what = f"mamba_conv_bias is {self.mamba_conv_bias} and mamba_proj_bias {self.mamba_proj_bias}".lower()
             return f"{what}; in {architecture.name} files convolutions have biases, and projections have none."
-        return self._mamba.problem or super().unsupported(architecture)
+        limits = limit_problem(self.time_step_limit, architecture)
+        return limits or self._mamba.problem or super().unsupported(architecture)
 
 
 _NAMES = ATTENTION | {

@@ -6,7 +6,7 @@ have in common is here as well.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -148,6 +148,25 @@ class MambaSizes:
         return None
 
 
+class NoNumber(msgspec.Struct, frozen=True, rename={"name": "__float__"}):
+    """What JSON has no word for, as transformers spells it."""
+
+    name: Literal["Infinity", "-Infinity", "NaN"]
+
+
+StepLimit = tuple[float | NoNumber, float | NoNumber]
+"""The least and the largest step of Mamba-2 layers, `time_step_limit`."""
+
+
+def limit_problem(limit: StepLimit | None, architecture: Architecture) -> str | None:
+    """What is wrong with limits of steps, a sentence: GGUF files have none, which is null or from 0 to infinity."""
+    if limit is None or limit == (0.0, NoNumber("Infinity")):
+        return None
+    least, largest = (one.name if isinstance(one, NoNumber) else f"{one:g}" for one in limit)
+    what = f"time_step_limit is {least} to {largest}"
+    return f"{what}, but steps of Mamba-2 layers in {architecture.name} files have no limits."
+
+
 def _column(stored: StoredMatrix, of: RecurrentSpec) -> StoredMatrix:
     """A value of each head in a row of its own."""
     return folded(stored, of.n_rank)
@@ -210,11 +229,22 @@ class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_no
     use_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    time_step_min: Annotated[float, Meta(ge=0, le=3e38)] = 0.001
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "num_hidden_layers", len(self.kinds))
         # transformers' class has an output matrix of its own whatever the field says.
         msgspec.structs.force_setattr(self, "tie_word_embeddings", False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What transformers' class does with steps, as it does in no other implementation and not for single tokens."""
+        if not self.time_step_min:
+            return ()
+        what = (
+            f"Reading a prompt, transformers raises steps of Mamba-2 layers to {self.time_step_min:g} (time_step_min)"
+        )
+        return (f"{what} where they are smaller; slimoe and llama.cpp take them as they are.",)
 
     @property
     def kinds(self) -> Sequence[str]:

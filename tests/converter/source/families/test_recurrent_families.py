@@ -109,6 +109,28 @@ def test_a_nemotron_has_an_output_matrix_whatever_it_says(tmp_path: Path) -> Non
     assert "output.weight" in read_gguf(tmp_path / "m.gguf").tensors
 
 
+def test_steps_that_transformers_raises_are_told(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "c", "NemotronH")
+    with_config(source, time_step_min=0.0)
+    assert_all_alike(source, tmp_path / "m.gguf")
+    said = "Reading a prompt, transformers raises steps of Mamba-2 layers to 0.5 (time_step_min)"
+    options = ConvertOptions(source, tmp_path / "q.gguf", "F16")
+    assert not any("time_step_min" in note for note in plan(options).notes)
+    with_config(source, time_step_min=0.5)
+    assert sum(note.startswith(said) for note in plan(options).notes) == 1
+    assert np.abs(logits(source, TOKENS).numpy() - engines(tmp_path / "m.gguf")).max() > 0.1
+
+
+@pytest.mark.parametrize("name", MAMBA)
+def test_steps_without_limits_by_either_word_for_infinity(tmp_path: Path, name: str) -> None:
+    source = save_family(tmp_path / "c", name)
+    shapes = open_source(source).shapes
+    assert '"__float__": "Infinity"' in (source / "config.json").read_text()
+    with_config(source, time_step_limit=[0.0, float("inf")])
+    assert "[0.0, Infinity]" in (source / "config.json").read_text()
+    assert open_source(source).shapes == shapes
+
+
 @pytest.mark.parametrize("name", [*NAMES, "GraniteMoeHybrid"])
 def test_a_table_that_is_the_output_too(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / "c", name, tie_word_embeddings=True)
@@ -242,6 +264,12 @@ def test_names_of_tensors_as_transformers_has_them_in_memory(tmp_path: Path) -> 
         ("GraniteMoeHybrid", {"layer_types": ["mamba"]}, "layer_types has not one of"),
         ("GraniteMoeHybrid", {"mamba_d_head": 9}, "mamba_expand times hidden_size is 128"),
         ("GraniteMoeHybrid", {"mamba_n_groups": 3}, "8 heads of Mamba-2 layers do not divide into 3 groups"),
+        (
+            "GraniteMoeHybrid",
+            {"time_step_limit": [0.0, 0.1]},
+            "time_step_limit is 0 to 0.1, but steps of Mamba-2 layers",
+        ),
+        ("GraniteMoeHybrid", {"time_step_limit": [0.5, float("inf")]}, "time_step_limit is 0.5 to Infinity"),
         ("NemotronH", {"moe_latent_size": 32}, "moe_latent_size is 32; experts between projections"),
         ("NemotronH", {"layers_block_type": ["linear_attention", "mlp"]}, "layers_block_type has 'mlp'"),
         ("NemotronH", {"layers_block_type": ["moe", "mamba"]}, "no layer is full_attention"),
