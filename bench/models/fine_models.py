@@ -5,11 +5,15 @@ Their files are as true models' but for the number of layers, so that a layer ta
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from slimoe.offload.model.architectures import (
     DEEPSEEK2,
     GEMMA4,
     GPT_OSS,
+    GRANITEHYBRID,
     LFM2MOE,
+    NEMOTRON_H_MOE,
     QWEN3MOE,
     QWEN3NEXT,
     QWEN35MOE,
@@ -118,7 +122,8 @@ def _qwen35moe(n_layer: int = 8) -> ModelSpec:
 def _delta_net(n_layer: int) -> RecurrentSpec:
     n_state, n_group, n_rank = 128, 16, 32
     layers = tuple((layer + 1) % 4 != 0 for layer in range(n_layer))
-    return RecurrentSpec("delta_net", layers, 4, (n_rank + 2 * n_group) * n_state, n_state, n_group, n_rank)
+    n_inner = n_rank * n_state
+    return RecurrentSpec("delta_net", layers, 4, n_inner + 2 * n_group * n_state, n_state, n_group, n_rank, n_inner)
 
 
 def _lfm2moe(n_layer: int = 8) -> ModelSpec:
@@ -144,6 +149,58 @@ def _lfm2moe(n_layer: int = 8) -> ModelSpec:
     )
 
 
+def _granitehybrid(n_layer: int = 8) -> ModelSpec:
+    """Granite-4.0-H-Tiny: every tenth layer has attention, without rotation, and all have experts.
+
+    Sizes are those of its model card. Where the layers with attention are, the size of the vocabulary and the factors
+    are not in it: these are written from memory.
+    """
+    n_embd, n_state, n_rank = 1536, 128, 48
+    n_inner = 2 * n_embd
+    layers = tuple(layer % 10 != 5 for layer in range(n_layer))
+    return ModelSpec(
+        architecture=GRANITEHYBRID,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_ff=512,
+        n_vocab=100352,
+        n_ctx_train=131072,
+        rms_eps=1e-5,
+        attention=AttentionSpec(n_head=12, n_head_kv=4, n_embd_head=128),
+        experts=ExpertSpec(n_expert=64, n_expert_used=6, n_ff_shared=1024),
+        rope=RopeSpec(0, 131072),
+        multipliers=Multipliers(embedding=12.0, residual=0.22, attention=1 / 128, logits=1 / 6),
+        recurrent=RecurrentSpec("mamba2", layers, 4, n_inner + 2 * n_state, n_state, 1, n_rank, n_inner),
+    )
+
+
+def _nemotron_h_moe(n_layer: int = 7) -> ModelSpec:
+    """Nemotron-3-Nano-30B-A3B, whose layers are each Mamba-2, experts or attention, by NVIDIA's recipe for it."""
+    parts = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"[:n_layer]
+    n_expert, n_ff, n_state, n_group, n_rank, n_inner = 128, 1856, 128, 8, 64, 4096
+    sizes = n_inner + 2 * n_group * n_state, n_state, n_group, n_rank, n_inner
+    return ModelSpec(
+        architecture=NEMOTRON_H_MOE,
+        n_layer=len(parts),
+        n_embd=2688,
+        n_ff=n_ff,
+        n_vocab=131072,
+        n_ctx_train=262144,
+        rms_eps=1e-5,
+        attention=AttentionSpec(n_head=32, n_head_kv=2, n_embd_head=128),
+        experts=ExpertSpec(
+            n_expert,
+            6,
+            weights_scale=2.5,
+            layers=tuple(LayerShape(n_expert, n_ff, False) if part == "E" else LayerShape(0, 0) for part in parts),
+            renormalise=True,
+            n_ff_shared=3712,
+        ),
+        rope=RopeSpec(0, 262144),
+        recurrent=RecurrentSpec("mamba2", tuple(part == "M" for part in parts), 4, *sizes),
+    )
+
+
 def _gemma4(n_layer: int = 8) -> ModelSpec:
     """Gemma 4 26B-A4B: every sixth layer sees all tokens, with heads twice as wide, of which a quarter rotates."""
     n_embd, n_head = 2816, 16
@@ -159,7 +216,7 @@ def _gemma4(n_layer: int = 8) -> ModelSpec:
         window_attention=AttentionSpec(n_head, n_head_kv=8, n_embd_head=256),
         experts=ExpertSpec(n_expert=128, n_expert_used=8, n_ff_shared=2112),
         rope=RopeSpec(512, _N_CTX, 1e6, window_freq_base=1e4, window_n_rot=256),
-        multipliers=Multipliers(embedding=n_embd**0.5, attention=1.0, softcap=30.0),
+        multipliers=Multipliers(embedding=float(np.float32(n_embd**0.5)), attention=1.0, softcap=30.0),
         n_window=1024,
         windowed=tuple(layer % 6 != 5 for layer in range(n_layer)),
     )
@@ -172,10 +229,12 @@ FINE_MODELS: Mapping[str, Callable[..., ModelSpec]] = {
     "qwen3next": _qwen3next,
     "qwen35moe": _qwen35moe,
     "lfm2moe": _lfm2moe,
+    "granitehybrid": _granitehybrid,
+    "nemotron_h_moe": _nemotron_h_moe,
     "gemma4": _gemma4,
 }
 """Models by their architecture: functions of the number of layers."""
-TIED = ("lfm2moe", "gemma4")
+TIED = ("lfm2moe", "granitehybrid", "gemma4")
 """Architectures of those whose embeddings are the output matrix too."""
 PUBLISHED = {"gpt-oss": "Q8_0,MXFP4"}
 """Types of matrices, and of those of experts, of architectures whose published files are not rounded any further."""

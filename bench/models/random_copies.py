@@ -116,7 +116,8 @@ def write_random_native(
         tensors = [*native_tensors(stock, types, routing), *aux_tensors(spec)]
         layer = NativeLayer(experts, tuple(tuple(range(len(types))) for _ in experts))
     writer = GGUFWriter(path, NATIVE)
-    describe(writer, spec.metadata() | layout_metadata(NativeLayout((layer,) * spec.n_layer)))
+    layout = NativeLayout(tuple(layer if shape.n_expert else NativeLayer() for shape in layers))
+    describe(writer, spec.metadata() | layout_metadata(layout))
     writer.data_alignment = ALIGNMENT
     writer.add_custom_alignment(ALIGNMENT)
     writer.add_tokenizer_model("none")

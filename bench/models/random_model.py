@@ -134,12 +134,13 @@ def _vector_values(tensor: ModelTensor, spec: ModelSpec, style: RoutingStyle) ->
         return 0.0, 0.1
     if role == "rope_freqs":  # All pairs rotate, which takes no less time than a quarter of them.
         return 1.0, 0.0
-    if role == "ssm_a":  # Minus the rate of a delta net's decay.
+    if role == "ssm_a":  # Minus the rate of decay.
         return -1.0, 0.2
     if tensor.name.endswith("ffn_gate_inp.scale"):  # Such a router's input is divided by the root of its length.
         return spec.n_embd**0.5, 0.1
-    if role == "output_norm" and spec.architecture.name in TIED and spec.multipliers.embedding == 1.0:
-        return spec.n_embd**-0.5, 0.1 * spec.n_embd**-0.5  # The output matrix is as large as embeddings.
+    if role == "output_norm" and spec.architecture.name in TIED:  # The output matrix is as large as embeddings.
+        mean = spec.multipliers.embedding / (spec.n_embd**0.5 * spec.multipliers.logits)
+        return mean, 0.1 * mean
     if spec.architecture.has_post_norms and role in ("post_attention_norm", "post_ffw_norm"):
         return (style.attention if role == "post_attention_norm" else style.feed_forward), 0.1
     is_factor = role.endswith("norm") or "_norm_" in role or role == "layer_output_scale" or ".scale" in tensor.name

@@ -19,10 +19,14 @@ from click.testing import CliRunner
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import go_to_depth, kl_divergence, random_tokens
-from bench.models.random_model import write_random_model
+from bench.models.fine_models import FINE_MODELS
+from bench.models.random_copies import write_random_native
+from bench.models.random_model import WeightTypes, random_tensors, write_random_model
 from bench.models.shapes import SHAPES
+from bench.models.topics import STYLES
 from slimoe.offload.engine import Engine
-from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.gguf.header import GGUFFile, TensorInfo, read_gguf
+from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
 from tests.models.tiny_gguf import FineShape, write_family
@@ -153,12 +157,14 @@ def test_every_shape_is_the_one_that_the_file_has(tmp_path: Path) -> None:
     assert abs(np.corrcoef(experts) - np.eye(shape.n_expert)).max() < 0.05
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2moe", "granitemoe", "minimax-m2", "glm4moe", "bailingmoe2", "deepseek2", "gpt-oss"]
-)
+NAMES = ["qwen2moe", "granitemoe", "minimax-m2", "glm4moe", "bailingmoe2", "deepseek2", "gpt-oss"]
+NAMES += ["qwen3next", "granitehybrid", "nemotron_h_moe"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_random_models_have_any_architecture(tmp_path: Path, name: str) -> None:
     """llama.cpp loads them and computes what the engine does, with rows that Q4_K does not divide among them."""
-    shape = FineShape(n_layer=2, n_ff=96, n_head_kv=4, n_embd_head=64, n_expert=8, n_expert_used=2)
+    shape = FineShape(n_layer=3, n_ff=96, n_head_kv=4, n_embd_head=64, n_expert=8, n_expert_used=2)
     path, tokens = tmp_path / "random.gguf", random_tokens(9, shape.n_vocab)
     spec = ModelSpec.from_gguf(read_gguf(write_family(tmp_path / "family.gguf", name, shape=shape)))
     write_random_model(path, spec, kind="Q4_K,Q8_0")
@@ -170,6 +176,30 @@ def test_random_models_have_any_architecture(tmp_path: Path, name: str) -> None:
     with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1, weights="copied"))) as engine:
         np.testing.assert_array_equal(engine.read(tokens, len(tokens)), expected)
     assert 0.3 < expected.std() < 3
+
+
+@pytest.mark.parametrize("name", ["lfm2moe", "nemotron_h_moe"])
+def test_random_native_models_have_layers_without_experts(tmp_path: Path, name: str) -> None:
+    path, shape = tmp_path / "native.gguf", FineShape(n_layer=5, n_embd_head=64, n_expert=8, n_expert_used=2)
+    stock = ModelSpec.from_gguf(read_gguf(write_family(tmp_path / "family.gguf", name, shape=shape)))
+    write_random_native(path, stock, ["Q4_K", "Q2_K"])
+    found = ModelSpec.from_gguf(read_gguf(path))
+    assert [found.layer_shape(n) for n in range(5)] == [stock.layer_shape(n) for n in range(5)]
+    assert {found.layer_shape(n).n_expert for n in range(5)} == {0, 8}
+    with closing(Engine.open(engine_config(path, n_ctx=256, n_threads=1))) as engine:
+        assert 0.3 < engine.read(random_tokens(9, shape.n_vocab), 9).std() < 3
+
+
+@pytest.mark.parametrize("name", FINE_MODELS)
+def test_models_of_true_shape_are_read_as_what_they_are(name: str) -> None:
+    """By their keys and tensors alone: the files have gigabytes."""
+    spec = FINE_MODELS[name]()
+    tensors = {
+        tensor.name: TensorInfo(tensor.name, tensor.ne, tensor.type, 0, 0, tensor.n_bytes)
+        for tensor in random_tensors(spec, WeightTypes.parse("Q4_K"), STYLES["uniform"])
+    }
+    gguf_file = GGUFFile((Path("m.gguf"),), {"general.architecture": name} | spec.metadata(), tensors)
+    assert ModelFile.of(gguf_file).spec == spec
 
 
 @pytest.mark.parametrize("extra_buffers", [True, False])
