@@ -25,6 +25,11 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _ALIGNMENT = 32
 _OLD_LIMIT = 1 << 20
 _JOINED = ".attn_qkv."
+_PARTS = {
+    _JOINED: (".attn_q.", ".attn_k.", ".attn_v."),
+    ".ssm_in.": (_JOINED, ".attn_gate."),
+}
+"""What one matrix of a file may be several of in another: of attention, and of a delta net in older files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +99,15 @@ class Imatrix:
         return entry.means(max(0, key.expert))
 
     def apart(self, known: Collection[str]) -> "Imatrix":
-        """The same, with what attention's joined input reads named for queries, keys and values, which read it all.
+        """The same, with what a joint matrix reads named for those that it is made of, which read it all.
 
         What a model has a tensor of, by the names of `known`, keeps its name.
         """
         entries: dict[str, InputSquares] = {}
         for name, entry in self.entries.items():
-            parts = (name.replace(_JOINED, f".attn_{part}.") for part in "qkv")
-            entries |= dict.fromkeys([name] if name in known else parts, entry)
+            joint = next((joint for joint in _PARTS if joint in name and name not in known), None)
+            parts = [name] if joint is None else [name.replace(joint, part) for part in _PARTS[joint]]
+            entries |= dict.fromkeys(parts, entry)
         return replace(self, entries=entries)
 
     def joined(self) -> "Imatrix":

@@ -324,3 +324,29 @@ def test_every_head_of_latent_attention_is_fitted_to_what_it_reads(tmp_path: Pat
     assert alike >= ({"attn_k_b", "attn_v_b"} if name == "deepseek2" else {"attn_kv_b"}) | {"attn_q_b", "attn_kv_a_mqa"}
     plain = file_tensors(convert(replace(options, imatrix=None)).path)
     assert not any(np.array_equal(plain[key].data, ours[key].data) for key in made if "attn_" in key)
+
+
+def test_a_joint_matrix_of_older_files_is_fitted_as_the_two_that_it_becomes(tmp_path: Path) -> None:
+    """llama.cpp names what the joint matrix of a delta net reads by its name."""
+    old = write_family(tmp_path / "old.gguf", "qwen3next-old", shape=FineShape(n_expert=8))
+    new = convert(ConvertOptions(old, tmp_path / "new.gguf", "F32", n_threads=1)).path
+    rng, made = np.random.default_rng(4), Means()
+    for name, tensor in file_tensors(old).items():
+        if tensor.data.ndim > 1:
+            n = tensor.data.shape[0] if tensor.data.ndim == 3 else 1
+            made[name] = rng.random((n, tensor.data.shape[-1]), np.float32)
+    results = []
+    for source in (old, new):
+        read = made if source is old else dict(made)
+        for layer in (0, 2) if source is new else ():
+            read[f"blk.{layer}.attn_qkv.weight"] = read[f"blk.{layer}.attn_gate.weight"] = read.pop(
+                f"blk.{layer}.ssm_in.weight"
+            )
+        given = write(tmp_path / "imatrix.gguf", read, None)
+        options = ConvertOptions(source, tmp_path / f"{source.stem}-q.gguf", "Q4_K", n_threads=1, imatrix=given)
+        report = convert(options)
+        assert report.fitted is not None
+        assert report.fitted.n_fitted == report.fitted.n_matrices
+        results.append(file_tensors(report.path))
+    for name, tensor in results[1].items():
+        np.testing.assert_array_equal(results[0][name].data, tensor.data, name)
