@@ -166,7 +166,8 @@ class _Prepared:
         for stack, address in zip(self.stacks, bank.addresses, strict=True):
             stack.data, stack.ne[2], stack.nb[2] = address, bank.n_slots, bank.stride
             stack.nb[3] = bank.stride * bank.n_slots
-        self._point_vectors(vectors)
+        if vectors:
+            self._point_vectors(vectors)
 
     def point_apart(self, experts: Sequence[Addresses], vectors: Sequence[int]) -> None:
         """Lets the stacks be single matrices, gate, up and down of one expert after the other."""

@@ -247,7 +247,8 @@ class Stop:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
     """Asserts that every selected expert is computed once, and on a device with the number of its slot."""
     stop, filled = Stop([], []), dict[tuple[SlotPool, int], tuple[int, ...]]()
-    run, write, begin, multiply = MoEStep.run, SlotPool.write, SlotGraphs.begin, ExpertGraphs.run
+    run, write, begin = MoEStep.run, SlotPool.write, SlotGraphs.begin
+    multiply, multiply_each = ExpertGraphs.run, ExpertGraphs.run_apart
 
     def write_slot(pool: SlotPool, slot: int, addresses: tuple[int, int, int]) -> None:
         filled[pool, slot] = addresses
@@ -278,10 +279,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Stop:
         stop.host += work.columns.tolist()
         multiply(graphs, work, *rest)
 
+    def multiply_apart(graphs: ExpertGraphs, *rest: Any) -> None:
+        stop.host += rest[-1]
+        multiply_each(graphs, *rest)
+
     monkeypatch.setattr(SlotPool, "write", write_slot)
     monkeypatch.setattr(MoEStep, "run", run_layer)
     monkeypatch.setattr(SlotGraphs, "begin", begin_on_device)
     monkeypatch.setattr(ExpertGraphs, "run", multiply_on_host)
+    monkeypatch.setattr(ExpertGraphs, "run_apart", multiply_apart)
     return stop
 
 
