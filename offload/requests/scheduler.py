@@ -148,7 +148,8 @@ class Scheduler:
         if self._cells.has_states:
             parts = _equally_long(parts)
         if reading is None:
-            may_draft = self._drafting.is_wanted and (len(writing) == 1 or not self._cells.has_states)
+            # Nobody is left where the last answer was cancelled just now.
+            may_draft = bool(parts) and self._drafting.is_wanted and (len(writing) == 1 or not self._cells.has_states)
             return self._with_drafts(parts) if may_draft else parts
         if self._cells.has_states:
             self._has_decoded = bool(writing) and not self._has_decoded

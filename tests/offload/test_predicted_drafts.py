@@ -10,7 +10,7 @@ import pytest
 from slimoe.offload.engine import Engine
 from slimoe.offload.plan.engine_config import EngineConfig
 from slimoe.offload.plan.engine_plan import plan_engine
-from slimoe.offload.text.generation import GenerationRequest, SamplingParams
+from slimoe.offload.text.generation import Finished, GenerationRequest, SamplingParams
 from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiered import resident_engine, tiered_engine
@@ -93,6 +93,22 @@ def test_beside_each_other(right: Path) -> None:
         drafted = answers(drafting, *requests)
     assert [one.tokens for one in drafted] == [one.tokens for one in wanted]
     assert sum(one.finished.timings.draft_n_accepted for one in drafted) > 30
+
+
+@pytest.mark.parametrize("draft", ["ngram", "mtp", "auto"])
+def test_an_answer_that_is_cancelled_leaves_nothing_to_draft(right: Path, draft: str) -> None:
+    """It was the only one; what is asked for next is answered."""
+    request = REQUESTS["greedy"]
+    with closing(open_engine("resident", right, draft)) as engine:
+        (wanted,) = answers(engine, request)
+        told: list[object] = []
+        id = engine.submit(request, lambda: len(told) > 5)
+        while not engine.is_idle:
+            told += [event for owner, event in engine.step() if owner == id]
+        assert isinstance(told[-1], Finished)
+        assert told[-1].reason == "cancelled"
+        (again,) = answers(engine, request)
+    assert again.tokens == wanted.tokens
 
 
 def test_auto_takes_the_block_where_all_is_in_memory(right: Path) -> None:
