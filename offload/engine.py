@@ -31,7 +31,7 @@ from slimoe.offload.memory.prompt_record import LARGEST_BLOCK, RecordForm
 from slimoe.offload.model.model_file import check_numbers, has_tokenizer
 from slimoe.offload.observation import Observer
 from slimoe.offload.open_tiers import Tiers
-from slimoe.offload.plan.drafts import no_block, undraftable
+from slimoe.offload.plan.drafts import draft_note
 from slimoe.offload.plan.engine_config import EngineConfig, changed
 from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.machine import Machine
@@ -87,7 +87,7 @@ class Engine:
             told = self.memory, self._tier_counters, self._observer.begin
             watched = self._exchange, self._observer.expected_ms
             self._facts = ModelFacts(plan.n_ctx, plan.spec.n_vocab, self.tokenizer, *told, self.grammars, *watched)
-            self._drafting, self._draft_notes = self._open_drafting()
+            self._drafting = self._open_drafting()
             self._prompts = self._open_prompts(opened)
             reading = plan.n_parallel, plan.n_batch
             mtp = None
@@ -132,15 +132,12 @@ class Engine:
         plan = replace(on_cpu, notes=(*on_cpu.notes, f"Computing on the CPU: {why}"))
         return cls(config, plan, progress)
 
-    def _open_drafting(self) -> tuple[Drafting, tuple[str, ...]]:
-        """What becomes of drafts, and a sentence where that is not what was asked for; raises UsageError."""
+    def _open_drafting(self) -> Drafting:
+        """What becomes of drafts; the plan's notes say where that is not what was asked for. Raises UsageError."""
         mode = draft_mode(self.config.draft)
-        problem = None if mode == "none" else undraftable(self.config)
-        if mode == "mtp" and problem is None and self.plan.mtp is None:
-            problem = no_block(self.plan.devices)
-        if problem is not None:
-            return Drafting(), (f"No tokens are drafted (--draft {mode}): {problem}.",)
-        return Drafting(mode, StepTimes(self._observer.expected_step_ms)), ()
+        if draft_note(self.config, self.plan.mtp, self.plan.devices) is not None:
+            return Drafting()
+        return Drafting(mode, StepTimes(self._observer.expected_step_ms))
 
     def _open_prompts(self, opened: ExitStack) -> PromptCache | None:
         """What is kept of prompts on disk, if anything is."""
@@ -158,7 +155,7 @@ class Engine:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person about how the model was opened, to be told once."""
-        return (*self.plan.notes, *self._model.notes, *self._draft_notes)
+        return (*self.plan.notes, *self._model.notes)
 
     # --- the caller's own sequence -------------------------------------------------------------------------
 

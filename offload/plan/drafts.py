@@ -38,11 +38,17 @@ def wanted_block(
     return mtp_block(gguf, spec, sources)
 
 
-def no_block(devices: Sequence[object]) -> str:
-    """Why no block drafts tokens that was asked for, as the end of a sentence."""
-    if devices:
-        return "only the CPU runs the block that predicts tokens; --device none leaves devices out"
-    return "the file has no block that predicts tokens, or none that can be run"
+def draft_note(config: EngineConfig, block: MtpBlock | None, devices: Sequence[object]) -> str | None:
+    """The sentence that says why no tokens are drafted although they were asked for; None where nothing is amiss.
+
+    `block` is the one that the plan has, `devices` are those that it computes on.
+    """
+    problem = None if config.draft == "none" else undraftable(config)
+    if config.draft == "mtp" and block is None and problem is None:
+        problem = "the file has no block that predicts tokens, or none that can be run"
+        if devices:
+            problem = "only the CPU runs the block that predicts tokens; --device none leaves devices out"
+    return None if problem is None else f"No tokens are drafted (--draft {config.draft}): {problem}."
 
 
 def block_bytes(block: MtpBlock, n_cells: int, n_batch: int, n_parallel: int, kind: GGMLQuantizationType) -> int:

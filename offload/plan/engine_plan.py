@@ -26,7 +26,7 @@ from slimoe.offload.plan.batch_sizes import batch_sizes, request_reads, tiered_b
 from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import check_context, check_settings, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
-from slimoe.offload.plan.drafts import block_bytes, wanted_block
+from slimoe.offload.plan.drafts import block_bytes, draft_note, wanted_block
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, prompt_bytes, request_bytes
@@ -71,7 +71,9 @@ class EnginePlan:
     lossy: Lossy | None = None
     machine: Machine | None = None
     mtp: MtpBlock | None = None
-    """The block that drafts tokens, whose memory `program` has; None where none is run."""
+    """The block that drafts tokens, None where none is run."""
+    mtp_bytes: int = 0
+    """Bytes of host memory that the block takes, which `tiers` and `weight_forms` count as program."""
     repacked_beside: WeightForms | None = None
     """Which weights of a model in tiers lie in memory a second time, for steps of one token; None for none."""
 
@@ -179,7 +181,10 @@ def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
     block = wanted_block(config, model.gguf, model.spec, model.sources, model.machine.devices)
     plan = _decide_with(config, model, block)
     is_whole = plan.is_resident and plan.shortfall is None
-    return plan if block is None or config.draft != "auto" or is_whole else _decide_with(config, model, None)
+    if block is not None and config.draft == "auto" and not is_whole:
+        plan = _decide_with(config, model, None)
+    note = draft_note(config, plan.mtp, plan.devices)
+    return plan if note is None else replace(plan, notes=(*plan.notes, note))
 
 
 def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> EnginePlan:
@@ -196,8 +201,8 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     kv = kv_size(spec, kv_type(context.kv_type), n_cells, n_batch, context.n_parallel)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
     own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv.kind)
-    if mtp is not None:
-        own += block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv.kind)
+    mtp_bytes = 0 if mtp is None else block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv.kind)
+    own += mtp_bytes
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in batch_sizes(n_batch, context.n_parallel):
@@ -227,6 +232,7 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
         machine=machine,
         mtp=mtp,
+        mtp_bytes=mtp_bytes,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
     decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, own)

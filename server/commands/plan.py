@@ -20,7 +20,13 @@ from slimoe.offload.plan.prediction import PlanPrediction, measure_machine, pred
 from slimoe.offload.printable import printable
 from slimoe.server.jobs.local_engine import say_notes
 from slimoe.server.options.compress_options import OLD_SPELLINGS, compress_flags, compress_options, hf_bits_flag
-from slimoe.server.options.engine_options import OptionsCommand, engine_config, engine_flags, engine_settings
+from slimoe.server.options.engine_options import (
+    OptionsCommand,
+    draft_flag,
+    engine_config,
+    engine_flags,
+    engine_settings,
+)
 from slimoe.server.options.idle_flags import refuse_idle
 from slimoe.server.options.installed import CONVERTERS, check_installed
 from slimoe.server.options.prompt_cache_flags import prompt_cache_flags
@@ -39,6 +45,7 @@ class _UnmeasuredError(SlimoeError):
 
 @click.command("plan", cls=OptionsCommand, context_settings=OLD_SPELLINGS)
 @engine_flags
+@draft_flag
 @prompt_cache_flags
 @compress_flags
 @click.option(

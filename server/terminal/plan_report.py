@@ -66,14 +66,13 @@ class PlanReport:
         sizes = host_bytes(plan)
         times = f"{plan.n_parallel} x " if plan.n_parallel > 1 else ""
         kv = f"KV cache, {times}{plan.n_ctx} tokens"
-        if plan.kv.n_window_cells:
-            kv += f", {plan.kv.n_window_cells} in windows"
         rows = {
             "weights, mapped": sizes["mapped"],
             "weights, copied": sizes["copied"],
             "weights, repacked": sizes["repacked"],
             "experts, read from disk": sizes.get("host_pool", 0),
             kv: sizes["kv"],
+            "MTP block, for drafts": sizes["mtp"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
             "pinned, on the way to devices": sizes.get("pinned", 0),
             "program, at most": sizes["program"],
@@ -83,8 +82,10 @@ class PlanReport:
             "needs at least": 0 if plan.shortfall is None else plan.shortfall.required_bytes,
             "may be taken": plan.available,
         }
-        lines = [_row(name, human(n_bytes)) for name, n_bytes in rows.items() if n_bytes]
-        return [head, *lines, *_tier_lines(plan)]
+        lines = {name: _row(name, human(n_bytes)) for name, n_bytes in rows.items() if n_bytes}
+        if plan.kv.n_window_cells:
+            lines[kv] += f" ({plan.kv.n_window_cells} tokens in windows)"
+        return [head, *lines.values(), *_tier_lines(plan)]
 
     def speed_lines(self) -> list[str]:
         """The speeds to expect; no lines if they were not predicted."""
@@ -119,14 +120,16 @@ def host_bytes(plan: EnginePlan) -> dict[str, int]:
         sizes = {"copied": tiers.weights, "host_pool": tiers.host_pool, "kv": tiers.kv}
         sizes |= {"compute": tiers.compute - plan.pinned, "pinned": plan.pinned}
         others = {"drivers": plan.driver_bytes, "processes": plan.reserve}
-        return {"mapped": 0, "repacked": 0, **sizes, "program": tiers.program - sum(others.values()), **others}
+        program = tiers.program - sum(others.values()) - plan.mtp_bytes
+        return {"mapped": 0, "repacked": 0, **sizes, "mtp": plan.mtp_bytes, "program": program, **others}
     return {
         "mapped": weight_forms.mapped,
         "copied": weight_forms.copied,
         "repacked": weight_forms.repacked,
         "kv": weight_forms.kv,
         "compute": weight_forms.compute,
-        "program": weight_forms.program + weight_forms.staging - plan.driver_bytes - plan.reserve,
+        "mtp": plan.mtp_bytes,
+        "program": weight_forms.program + weight_forms.staging - plan.driver_bytes - plan.reserve - plan.mtp_bytes,
         "drivers": plan.driver_bytes,
         "processes": plan.reserve,
     }

@@ -24,9 +24,11 @@ from slimoe.server.commands import plan
 from slimoe.server.options.engine_options import DEMO
 from slimoe.server.terminal.plan_report import PlanReport
 from tests.models.configs import engine_config
+from tests.models.gguf_content import read_content, write_content
 from tests.models.live_server import DEADLINE, slimoe
 from tests.models.measured_machine import machine_for
-from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
+from tests.models.tiny_gguf import FineShape, TinyShape, write_family, write_tiny_gguf
+from tests.offload.drafted import with_mtp_block
 
 PLAN = ["plan", "--batch", "64", "--no-measure"]
 
@@ -51,6 +53,37 @@ def test_plan_counts_what_opening_then_takes(capsys: pytest.CaptureFixture[str])
     }
     assert planned["bytes"]["compute"] >= taken["compute"]
     assert planned["required_bytes"] == sum(planned["bytes"].values())
+
+
+def test_plan_counts_the_block_that_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = FineShape(n_layer=2, n_embd_head=64, n_expert=8, n_expert_used=2)
+    content = read_content(write_family(tmp_path / "plain.gguf", "glm4moe", shape=shape))
+    written = with_mtp_block(content, shape.n_layer)
+    path = write_content(tmp_path / "m.gguf", written)
+    block = sum(one.data.nbytes for name, one in written.tensors.items() if name.startswith("blk.2."))
+    plans = {}
+    for draft in ("none", "ngram", "mtp", "auto"):
+        assert run([*PLAN, str(path), "--json", "--device", "none", "--draft", draft]) == 0
+        plans[draft] = json.loads(capsys.readouterr().out)
+    assert plans["none"]["bytes"] == plans["ngram"]["bytes"]
+    assert plans["mtp"]["bytes"] == plans["auto"]["bytes"]
+    assert plans["none"]["bytes"]["mtp"] == 0
+    assert plans["mtp"]["bytes"]["mtp"] >= block
+    sizes = [plans[draft]["bytes"] for draft in ("none", "mtp")]
+    without, with_block = ({name: n for name, n in one.items() if name != "mtp"} for one in sizes)
+    assert without == with_block
+    assert plans["mtp"]["required_bytes"] == sum(plans["mtp"]["bytes"].values())
+    assert run([*PLAN, str(path), "--device", "none", "--draft", "mtp"]) == 0
+    assert "MTP block, for drafts" in capsys.readouterr().out
+
+
+def test_plan_says_what_drafts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", None)
+    assert run([*PLAN, str(path), "--json", "--device", "none", "--draft", "mtp"]) == 0
+    out, err = capsys.readouterr()
+    told = "No tokens are drafted (--draft mtp): the file has no block that predicts tokens, or none that can be run."
+    assert told in json.loads(out)["notes"]
+    assert told in err
 
 
 def test_plan_that_does_not_fit_ends_with_4_and_both_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +113,17 @@ def test_plan_without_json_names_every_part(capsys: pytest.CaptureFixture[str]) 
     assert run(PLAN) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("weights, copied", "KV cache, 2048 tokens", "in all", "may be taken"))
+
+
+def test_bytes_of_a_plan_stand_below_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a part of the KV cache is of windows."""
+    shape = FineShape(n_layer=2, n_embd=64, n_ff=64, n_embd_head=32, n_expert=8, n_expert_used=2)
+    path = write_family(tmp_path / "m.gguf", "gpt-oss", shape=shape)
+    assert run([*PLAN, str(path), "--ctx", "4096", "--parallel", "2", "--device", "none"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "iB" in line]
+    [windowed] = [line for line in rows if line.startswith("KV cache, 2 x 4096 tokens ")]
+    assert windowed.endswith(" tokens in windows)")
+    assert {line.index("iB") for line in rows} == {windowed.index("iB")}
 
 
 # --- what lies where ---------------------------------------------------------------------------------------

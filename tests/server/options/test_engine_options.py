@@ -80,7 +80,7 @@ EXPECTED = engine_config(
     draft="auto",
 )
 DRAFT = ["--draft", "auto"]
-"""A flag of those commands alone that write answers."""
+"""A flag of those commands alone that write answers, and of their plan."""
 
 
 class _SeenError(UsageError):
@@ -122,10 +122,10 @@ def test_values_differ_from_the_defaults() -> None:
     assert set(alike) <= ours
 
 
-@pytest.mark.parametrize("command", [["run", "-p", "x", *DRAFT, *TRACE], ["plan"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("command", [["run", "-p", "x", *DRAFT, *TRACE], ["plan", *DRAFT]], ids=lambda words: words[0])
 def test_flags_of_a_command_reach_its_engine(command: list[str], seen: list[EngineConfig]) -> None:
     assert run([command[0], "some.gguf", *command[1:], *FLAGS, *PROMPT_FLAGS]) == 2
-    assert seen == [EXPECTED if "--draft" in command else reconfigured(EXPECTED, draft="none", trace=None)]
+    assert seen == [EXPECTED if TRACE[0] in command else reconfigured(EXPECTED, trace=None)]
 
 
 def test_prompts_that_are_timed_are_computed(seen: list[EngineConfig]) -> None:
