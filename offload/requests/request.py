@@ -108,7 +108,8 @@ class Generator:
     @property
     def shareable(self) -> tuple[int, ...]:
         """The tokens of the prompt that need not be read again where they are in the KV cache: no logits are wanted."""
-        return () if self.request.prompt_logprobs else self.request.prompt_ids[:-1]
+        is_read_whole = self.request.prompt_logprobs or self.request.is_read_whole
+        return () if is_read_whole else self.request.prompt_ids[:-1]
 
     @property
     def _max_tokens(self) -> int:

@@ -66,7 +66,8 @@ class GenerationRequest:
     that begins the first word: a chat template puts it there itself when the answer is read again. `constraint` is the
     form that the answer is held to. With `shows_control` control tokens are part of the answer's text, by their names,
     except those that end it: readers of tool calls look for them.
-    `id_slot` is the slot that it is remembered in.
+    `id_slot` is the slot that it is remembered in. If it `is_read_whole`, nothing that was computed of the same prompt
+    before is used.
     """
 
     prompt_ids: tuple[int, ...]
@@ -80,6 +81,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     shows_control: bool = False
     id_slot: int | None = None
+    is_read_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,8 @@ class ScriptedEngine:
             if never_ends:
                 time.sleep(TICK_SECONDS)
         drafted = (0, 0) if self.config.draft == "none" else (5, 3)
-        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, 1, 50.0, *drafted)
+        n_cached = 0 if request.is_read_whole else 1
+        timings = Timings(len(request.prompt_ids), 2.0, n_written, 4.0, n_cached, 50.0, *drafted)
         self._n_done += 1
         tiers = TierUse({"hits": 3.0, "misses": 1.0, "bytes_read": 100.0}, exchange=(EXCHANGE,))
         yield Finished(reason, text.finish(), timings, self.memory(), tiers, text.stop_text)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -110,6 +111,7 @@ class LlamaCompletionApi:
             raise invalid(f"n times the number of prompts may be at most {MAX_PROMPTS:,}.", "n")
         body.logit_bias = await _token_biases(backend, bytes(body.logit_bias))
         wanted = body.request(body.limit(), body.n_probs or None, prompt_logprobs=False)
+        wanted = replace(wanted, is_read_whole=body.cache_prompt is False)
         fields = tuple(body.response_fields or ())
         shows_prompt = not fields or "prompt" in fields
         choices = choices_of(sources, wanted, n_choices, shows_prompt=shows_prompt)

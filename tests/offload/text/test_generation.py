@@ -246,6 +246,16 @@ def test_a_prompt_that_is_scored_answers_the_same(tiny_model: Path) -> None:
     assert plain == scored == again
 
 
+def test_a_prompt_that_is_to_be_read_whole_is(engine: Engine) -> None:
+    prompt = tuple(range(10, 40))
+    counts = []
+    for is_read_whole in (False, False, True, False):
+        events = answer(engine, prompt_ids=prompt, max_tokens=2, is_read_whole=is_read_whole)
+        (finished,) = (event for event in events if isinstance(event, Finished))
+        counts.append(finished.timings.prompt_n)
+    assert counts == [30, 1, 30, 1]
+
+
 class Cancelled:
     """Says no so many times, and then yes."""
 

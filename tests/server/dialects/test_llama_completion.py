@@ -51,6 +51,12 @@ async def test_a_whole_answer(post: Post) -> None:
     assert "completion_probabilities" not in answer
 
 
+@pytest.mark.parametrize(("fields", "n_cached"), [({}, 1), ({"cache_prompt": True}, 1), ({"cache_prompt": False}, 0)])
+async def test_a_prompt_is_read_whole_where_that_is_asked(post: Post, fields: dict[str, Any], n_cached: int) -> None:
+    _, answer = await post("/completion", {"prompt": TEXT, **fields})
+    assert answer["timings"]["cache_n"] == n_cached
+
+
 @pytest.mark.parametrize("path", ["/completion", "/completions"])
 async def test_tokens_are_told_only_if_asked_for(post: Post, path: str) -> None:
     _, answer = await post(path, {"prompt": TEXT})
