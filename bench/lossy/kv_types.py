@@ -8,8 +8,10 @@ stdout is one JSON document.
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ import click
 import numpy as np
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
+from bench.limits.flags import threads_flag
 from slimoe.offload.engine import Engine
+from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.memory.kv_cache import KV_TYPES
 from slimoe.offload.plan.engine_config import ContextConfig, DeviceConfig, EngineConfig
+from slimoe.offload.resources.processors import default_threads
+from slimoe.server.options.engine_options import DEMO
 
 _BATCH = 256
 Score = Callable[[Sequence[int]], np.ndarray]
@@ -42,28 +48,54 @@ def compared(reference: np.ndarray, found: np.ndarray) -> dict[str, float]:
     return {"kl": float(divergence.mean()), "kl_p99": p99, "same_top": float(same.mean())}
 
 
-@click.command(help=__doc__)
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.argument("text", type=click.Path(exists=True, path_type=Path))
-@click.option("--tokens", "n_tokens", default=1024, help="Tokens of the text that are read.")
-@click.option("--threads", "n_threads", default=2, help="Threads to compute with.")
-def main(model: Path, text: Path, n_tokens: int, n_threads: int) -> None:
-    """Reads the text with each type."""
-    n_ctx, result, reference = -(-n_tokens // _BATCH) * _BATCH, dict[str, Any](), None
+def read(engine: Engine, part: Sequence[int]) -> np.ndarray:
+    """Appends tokens; the logits of all of them."""
+    return engine.read(part, len(part))
+
+
+def measure(model: Path, text: str, n_tokens: int, n_threads: int | None) -> dict[str, Any]:
+    """What each type costs here and in llama.cpp, by its name."""
+    n_ctx, n_threads = -(-n_tokens // _BATCH) * _BATCH, n_threads or default_threads()
+    reference, found = None, dict[str, Any]()
     for name in ("f32", *(name for name in KV_TYPES if name != "f32")):
         context = ContextConfig(n_ctx=n_ctx, kv_type=name)
         config = EngineConfig(model, n_threads=n_threads, context=context, devices=DeviceConfig(device="none"))
         with closing(Engine.open(config)) as engine:
-            assert engine.tokenizer, "the file has no vocabulary"
-            tokens = engine.tokenizer.encode(text.read_text(encoding="utf-8"))[:n_tokens]
-            ours = log_probabilities(lambda part, engine=engine: engine.read(part, len(part)), tokens)  # type: ignore[misc]
+            if engine.tokenizer is None:
+                raise UsageError(f"{model} has no vocabulary to read a text with.")
+            tokens = engine.tokenizer.encode(text)[:n_tokens]
+            ours = log_probabilities(partial(read, engine), tokens)
         reference = ours if reference is None else reference
         with closing(LlamaCpp(LlamaCppConfig(model, n_ctx, n_threads, kv_type=KV_TYPES[name]))) as baseline:
             theirs = log_probabilities(baseline.score, tokens)
-        result[name] = {"slimoe": compared(reference, ours), "llama.cpp": compared(reference, theirs)}
-        for who, told in result[name].items():
-            print(f"{name:5} {who:10} KL {told['kl']:.2e}, p99 {told['kl_p99']:.2e}, same top {told['same_top']:.4f}")
-    print(json.dumps({"model": model.name, "tokens": len(tokens), "types": result}))
+        found[name] = {"slimoe": compared(reference, ours), "llama.cpp": compared(reference, theirs)}
+    return found
+
+
+@click.command(help=__doc__)
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
+@click.option("--tokens", "n_tokens", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--smoke", is_flag=True, help="Seconds only, with the demo model: shows that the bench works.")
+@threads_flag
+def main(model: Path | None, text: Path | None, n_tokens: int, smoke: bool, threads: int | None) -> None:
+    """Reads the text with each type."""
+    if smoke:
+        model, content, n_tokens = DEMO, __doc__ or "", 32
+    elif model is None or text is None:
+        raise click.UsageError("Name a model and a text.")
+    else:
+        content = text.read_text(encoding="utf-8")
+    try:
+        found = measure(model, content, n_tokens, threads)
+    except SlimoeError as error:
+        sys.exit(f"{error}")
+    for name, row in found.items():
+        for who, told in row.items():
+            line = f"{name:5} {who:10} KL {told['kl']:.2e}, p99 {told['kl_p99']:.2e}, same top {told['same_top']:.4f}"
+            print(line, file=sys.stderr)
+    ratios = {name: found[name]["llama.cpp"]["kl"] / found[name]["slimoe"]["kl"] for name in ("q8_0", "q4_0")}
+    print(json.dumps({"model": model.name, "tokens": n_tokens, "kl_vs_llamacpp": ratios, "types": found}))
 
 
 if __name__ == "__main__":

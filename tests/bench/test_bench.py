@@ -43,6 +43,7 @@ SCRIPTS = sorted(
 SCRIPTS += [
     "drafts.gain",
     "lossy.gates",
+    "lossy.kv_types",
     "quality.healing",
     "quality.main_experts",
     "quality.seed_table",
