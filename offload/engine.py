@@ -135,7 +135,7 @@ class Engine:
     def _open_drafting(self) -> Drafting:
         """What becomes of drafts; the plan's notes say where that is not what was asked for. Raises UsageError."""
         mode = draft_mode(self.config.draft)
-        if draft_note(self.config, self.plan.mtp, self.plan.devices) is not None:
+        if draft_note(self.config, self.plan.mtp) is not None:
             return Drafting()
         return Drafting(mode, StepTimes(self._observer.expected_step_ms))
 

@@ -9,9 +9,9 @@ from typing import Protocol
 from slimoe.offload.cache.expert_uses import ExpertUses
 from slimoe.offload.experts.carried import Carried
 from slimoe.offload.experts.device_experts import DeviceExperts
-from slimoe.offload.ggml.cpu_backend import CpuBackend
+from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.mtp import MtpRunner, MtpWeights
+from slimoe.offload.graph.mtp import MtpRunner, MtpWeights, TokenEmbedder
 from slimoe.offload.graph.runner import Hidden, Logits, Runner
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import Linear, ModelWeights, WeightStore, WeightSubset, load_weights
@@ -69,6 +69,7 @@ class LoadedModel:
                 carried = carried_anew(config, plan)
                 opened.callback(carried.kv.close)
             self.backend = opened.enter_context(closing(CpuBackend(plan.n_threads)))
+            backend: Backend = self.backend
             counter = _Counter(plan, on_progress)
             rows = self._rows = None
             if plan.weight_forms.mode != "mapped":
@@ -99,9 +100,11 @@ class LoadedModel:
             else:
                 self.tiers = open_tiers(config, plan, self.backend, rows, opened, counter, carried)
                 self.runner = self.tiers.runner
-                single = self.tiers.runner.parts[0].weights
+                # The part that has the output matrix, which the block makes use of.
+                last = self.tiers.runner.parts[-1]
+                backend, single = last.backend, last.weights
             if plan.mtp is not None:
-                self.mtp = open_mtp(plan, plan.mtp, self.backend, single, opened, counter)
+                self.mtp = open_mtp(plan, plan.mtp, self.backend, backend, single, opened, counter)
             self._opened = opened.pop_all()
 
     def memory(self) -> dict[str, int]:
@@ -158,22 +161,26 @@ class LoadedModel:
 def open_mtp(
     plan: EnginePlan,
     block: MtpBlock,
-    backend: CpuBackend,
+    cpu: CpuBackend,
+    backend: Backend,
     model: ModelWeights,
     opened: ExitStack,
     count: Callable[[int], None],
 ) -> MtpRunner:
-    """Loads a block that predicts tokens, whole; `opened` closes all of it.
+    """Loads a block that predicts tokens, whole, to be computed by a backend; `opened` closes all of it.
 
-    What it has no output of its own for is the model's. Raises DoesNotFitError.
+    What it has no output of its own for is the model's, whose weights lie there too. The `cpu` looks tokens up. Raises
+    DoesNotFitError and DeviceError.
     """
-    rows = TokenRows(plan.gguf, block.sources.token_embd, backend, plan.n_batch)
+    rows = TokenRows(plan.gguf, block.sources.token_embd, cpu, plan.n_batch)
     opened.callback(rows.close)
+    embedder = TokenEmbedder(block.spec, cpu, rows, plan.n_batch)
+    opened.callback(embedder.close)
     size = KVSize(plan.kv.kind, plan.kv.n_cells)
     cache = opened.enter_context(closing(KVCache(block.spec, size, backend, {block.index})))
     store = opened.enter_context(closing(WeightStore(plan.gguf, block.sources, count, backend)))
     sources = join_layers(block.sources)
-    weights = load_weights(store, sources, lambda _: "copied", rows.tensor, WeightSubset((block.index,), output=False))
+    weights = load_weights(store, sources, lambda _: "copied", 0, WeightSubset((block.index,), output=False))
 
     def linear(source: LinearSource) -> Linear:
         return Linear(store.weight(source.weight, "copied"), store.weight(source.bias, "copied") if source.bias else 0)
@@ -183,10 +190,9 @@ def open_mtp(
         output=linear(sources.output) if block.has_output else model.output,
         output_norm=linear(sources.output_norm) if block.has_output_norm else model.output_norm,
     )
-    norms = (store.weight(norm, "copied") for norm in block.norms)
-    runner = MtpRunner(
-        block.spec, backend, cache, MtpWeights(ends, linear(block.joint), *norms), rows, plan.n_batch, plan.n_parallel
-    )
+    every = MtpWeights(ends, linear(block.joint), *(store.weight(norm, "copied") for norm in block.norms))
+    store.release_staging()
+    runner = MtpRunner(block.spec, backend, cache, every, embedder, plan.n_batch, plan.n_parallel)
     opened.callback(runner.close)
     return runner
 

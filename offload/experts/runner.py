@@ -11,11 +11,11 @@ from slimoe.offload.experts.device_part import DevicePart
 from slimoe.offload.experts.moe_step import MoEStep
 from slimoe.offload.experts.single_token import SingleTokenSteps
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.ggml.cpu_backend import EngineAbortedError
+from slimoe.offload.ggml.cpu_backend import Backend, EngineAbortedError
 from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
-from slimoe.offload.graph.runner import Logits
+from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.graph.segment import build_segment, cut_into_segments
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.model.spec import ModelSpec
@@ -42,8 +42,8 @@ class TieredRunner:
 
     With `rows`, the token table of the first part is that tensor, and holds the rows of a step's tokens in their order.
     `n_batch` and `n_out` are the most tokens and rows of logits of a step; a device has memory for them from the start.
-    With `has_hidden`, for a model on the CPU, each step leaves the last hidden states of all its tokens in `hidden`
-    [n_tokens, n_embd], which the next one overwrites.
+    With `has_hidden` each step leaves the last hidden states of all its tokens in `hidden` [n_tokens, n_embd], which
+    the next one may overwrite.
     """
 
     def __init__(
@@ -134,13 +134,9 @@ class TieredRunner:
         if self._moe_step is not None:
             self._moe_step.end()
         if self._has_hidden:
-            hidden = ggml.ggml_get_data(prepared.hidden)
-            self.hidden = ggml.array_at(hidden, np.float32, batch.n_tokens, self.spec.n_embd)
-        if part.backend.is_host:
-            return ggml.array_at(ggml.ggml_get_data(prepared.logits), np.float32, batch.n_out, self.spec.n_vocab)
-        logits = np.empty((batch.n_out, self.spec.n_vocab), np.float32)
-        part.backend.get(prepared.logits, logits)
-        if self._moe_step is not None:
+            self.hidden = _read(part.backend, prepared.hidden, batch.n_tokens, self.spec.n_embd)
+        logits = _read(part.backend, prepared.logits, batch.n_out, self.spec.n_vocab)
+        if not part.backend.is_host and self._moe_step is not None:
             self._moe_step.watch(time.perf_counter() - begin)
         return logits
 
@@ -187,3 +183,12 @@ class TieredRunner:
             self._moe_step.close()
         if self._single is not None:
             self._single.close()
+
+
+def _read(backend: Backend, tensor: int, *shape: int) -> Hidden:
+    """An F32 tensor of a graph that has run, itself where the host sees it."""
+    if backend.is_host:
+        return ggml.array_at(ggml.ggml_get_data(tensor), np.float32, *shape)
+    values = np.empty(shape, np.float32)
+    backend.get(tensor, values)
+    return values

@@ -115,6 +115,15 @@ def _graph_size(spec: ModelSpec, n_layers: int, *, is_looked_up: bool) -> tuple[
     return n_nodes, n_bytes
 
 
+def add_embeddings(ctx: int, spec: ModelSpec, table: int, tokens: int) -> int:
+    """The token rows of a step, [n_embd, n_tokens], from the table's."""
+    return _times(ctx, int(ggml.ggml_get_rows(ctx, table, tokens)), spec.multipliers.embedding)
+
+
+def _times(ctx: int, tensor: int, factor: float) -> int:
+    return tensor if factor == 1.0 else int(ggml.ggml_scale(ctx, tensor, factor))
+
+
 def _inverse(factor: float) -> float:
     """One over a factor, in F32."""
     return float(np.float32(1.0) / np.float32(factor))
@@ -137,11 +146,10 @@ class BlockBuilder:
 
     def add_embeddings(self) -> int:
         """The token rows of a step, [n_embd, n_tokens]."""
-        rows = int(ggml.ggml_get_rows(self.ctx, self.weights.token_embd, self.inputs.tokens))
-        return self._scaled(rows, self.spec.multipliers.embedding)
+        return add_embeddings(self.ctx, self.spec, self.weights.token_embd, self.inputs.tokens)
 
     def _scaled(self, tensor: int, factor: float) -> int:
-        return tensor if factor == 1.0 else int(ggml.ggml_scale(self.ctx, tensor, factor))
+        return _times(self.ctx, tensor, factor)
 
     def n_rows(self, index: int) -> int:
         """Rows that leave layer `index`: in the last one only those that are wanted."""

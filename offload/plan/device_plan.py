@@ -29,6 +29,7 @@ class DevicePlan:
 
     With `is_whole` the device has all experts of its layers, and its graphs are not cut at routers. Otherwise `banks`
     has its slots; there are none for the classes that are `left_to_host`, since the device does not compute them.
+    `mtp` are the bytes of the block that drafts tokens, which the last device computes.
     """
 
     device: Device
@@ -40,6 +41,7 @@ class DevicePlan:
     compute: int
     banks: tuple[Bank, ...] = ()
     left_to_host: tuple[SlotClass, ...] = ()
+    mtp: int = 0
 
     @property
     def note(self) -> str:
@@ -73,7 +75,7 @@ class DevicePlan:
     @property
     def required(self) -> int:
         """Bytes of everything on the device."""
-        return self.weights + self.kv + self.compute + self.slots
+        return self.weights + self.kv + self.compute + self.slots + self.mtp
 
     @property
     def awaited(self) -> int:
@@ -90,7 +92,8 @@ class DeviceNeeds:
     """A model and how it is run, as far as plans for devices need to know.
 
     A step has at most `n_batch` tokens, and makes at most `n_rows` rows of logits. With `may_be_whole` a device that
-    has room for all experts of its layers computes them in graphs that are not cut.
+    has room for all experts of its layers computes them in graphs that are not cut. `mtp` are the bytes of the block
+    that drafts tokens, for the last device.
     """
 
     spec: ModelSpec
@@ -100,6 +103,7 @@ class DeviceNeeds:
     n_batch: int
     n_rows: int = 1
     may_be_whole: bool = True
+    mtp: int = 0
 
     def lacking(self, device: Device) -> str:
         """What a device lacks for all but the experts, for a person; empty if it lacks nothing."""
@@ -163,7 +167,7 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     kv = needs.kv.n_bytes(spec, layers)
     n_rows = needs.n_rows if is_last else 0
     weights, compute = _weights(needs.sources, layers, is_last), _compute(needs, n_rows, is_whole=True)
-    plan = DevicePlan(device, budget, layers, True, weights, kv, compute)
+    plan = DevicePlan(device, budget, layers, True, weights, kv, compute, mtp=needs.mtp if is_last else 0)
     every = slot_classes(needs.experts[layer] for layer in layers)
     passing = _passing(needs, layers)
     most = {kind: most_stacked(device, spec.architecture, kind, n + passing[kind]) for kind, n in every.items()}
@@ -184,8 +188,9 @@ def _plan_device(needs: DeviceNeeds, device: Device, budget: int, layers: tuple[
     least = {kind: passing[kind] + 1 for kind in classes}
     required = plan.required + sum(n * device_slot_bytes(kind) for kind, n in least.items())
     if required > budget:
+        block = " and the block that drafts tokens" if plan.mtp else ""
         raise DoesNotFitError(
-            f"{device.name} needs at least {human(required)} for its {len(layers)} layers, but its budget is "
+            f"{device.name} needs at least {human(required)} for its {len(layers)} layers{block}, but its budget is "
             f"{human(budget)}.",
             required_bytes=required,
             available_bytes=budget,

@@ -38,13 +38,18 @@ class StepNeeds:
     n_rows: int
 
 
-def not_computed(device: Device, spec: ModelSpec, sources: ModelSources, step: StepNeeds) -> str:
-    """What the device lacks for a model's steps beside its experts, for a person; empty if it lacks nothing."""
+def not_computed(
+    device: Device, spec: ModelSpec, sources: ModelSources, step: StepNeeds, matrices: Sequence[WeightSource] = ()
+) -> str:
+    """What the device lacks for a model's steps beside its experts, for a person; empty if it lacks nothing.
+
+    The steps multiply with some `matrices` beside the model's.
+    """
     sources = join_layers(without_experts(sources))
     kinds: dict[tuple[object, ...], int] = {}
     for index, layer in enumerate(sources.layers):
         kinds.setdefault((_shapes(layer), spec.window(index), spec.layer_shape(index)), index)
-    with _Shapes(spec, sources, tuple(kinds.values()), step) as shapes:
+    with _Shapes(spec, sources, tuple(kinds.values()), step, matrices) as shapes:
         n_runs = 1 if spec.recurrent else 0
         for n_tokens, n_rows in ((step.n_batch, step.n_rows), (1, 1)):
             n_kv = step.kv.n_cells, step.kv.n_window_cells or step.kv.n_cells
@@ -65,8 +70,15 @@ def _shapes(layer: LayerSources) -> tuple[object, ...]:
 class _Shapes:
     """The tensors of some `layers` of a model, and of its KV cache there, in no memory."""
 
-    def __init__(self, spec: ModelSpec, sources: ModelSources, layers: Sequence[int], step: StepNeeds) -> None:
-        self._spec, self._sources, self._layers, self._step = spec, sources, layers, step
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sources: ModelSources,
+        layers: Sequence[int],
+        step: StepNeeds,
+        matrices: Sequence[WeightSource],
+    ) -> None:
+        self._spec, self._sources, self._layers, self._step, self._matrices = spec, sources, layers, step, matrices
         n_tensors = 64 + 144 * len(layers)
         self._ctx = ggml.ggml_init(ggml.InitParams(n_tensors * ggml.ggml_tensor_overhead(), None, True))
         self._made: dict[str, int] = {}
@@ -149,6 +161,9 @@ class _Shapes:
                 weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
                 hidden = blocks.add_experts(index, weighted, normed, hidden, selection)
             ggml.ggml_build_forward_expand(graph, hidden)
+        for matrix in self._matrices:
+            product = ggml.ggml_mul_mat(ctx, self.weight(matrix, "copied"), self._new(kinds.F32, matrix.ne[0], n))
+            ggml.ggml_build_forward_expand(graph, product)
         blocks.add_logits(blocks.add_output_norm(last_rows(ctx, self._new(kinds.F32, spec.n_embd, n), shape.n_out)))
 
     def _new(self, kind: int, *ne: int) -> int:

@@ -26,7 +26,7 @@ from slimoe.offload.plan.batch_sizes import batch_sizes, request_reads, tiered_b
 from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import check_context, check_settings, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
-from slimoe.offload.plan.drafts import block_bytes, draft_note, wanted_block
+from slimoe.offload.plan.drafts import block_bytes, host_bytes, wanted_block, with_or_without
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, prompt_bytes, request_bytes
@@ -73,7 +73,7 @@ class EnginePlan:
     mtp: MtpBlock | None = None
     """The block that drafts tokens, None where none is run."""
     mtp_bytes: int = 0
-    """Bytes of host memory that the block takes, which `tiers` and `weight_forms` count as program."""
+    """Bytes of host memory that it takes, which `tiers` and `weight_forms` count as program; a device may have it."""
     repacked_beside: WeightForms | None = None
     """Which weights of a model in tiers lie in memory a second time, for steps of one token; None for none."""
 
@@ -174,17 +174,11 @@ def plan_each(configs: Sequence[EngineConfig], machine: Machine | None = None) -
 
 
 def _decide(config: EngineConfig, model: _Model) -> EnginePlan:
-    """The plan for the configuration's budget, with a shortfall if that is too small.
-
-    It has the block that drafts tokens, if that is wanted. Under auto the block's memory is of more use to experts.
-    """
-    block = wanted_block(config, model.gguf, model.spec, model.sources, model.machine.devices)
-    plan = _decide_with(config, model, block)
-    is_whole = plan.is_resident and plan.shortfall is None
-    if block is not None and config.draft == "auto" and not is_whole:
-        plan = _decide_with(config, model, None)
-    note = draft_note(config, plan.mtp, plan.devices)
-    return plan if note is None else replace(plan, notes=(*plan.notes, note))
+    """The plan for the configuration's budget, with a shortfall if that is too small, and a note if nothing drafts."""
+    block = wanted_block(config, model.gguf, model.spec, model.sources)
+    n_devices = len(model.machine.devices)
+    plan, notes = with_or_without(config, block, n_devices, lambda mtp: _decide_with(config, model, mtp))
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> EnginePlan:
@@ -200,13 +194,12 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
     kv = kv_size(spec, kv_type(context.kv_type), n_cells, n_batch, context.n_parallel)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
-    own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv.kind)
-    mtp_bytes = 0 if mtp is None else block_bytes(mtp, n_cells, n_batch, context.n_parallel, kv.kind)
-    own += mtp_bytes
+    on_host, of_block = (host_bytes(mtp, n_batch), block_bytes(mtp, kv, n_batch, context.n_parallel)) if mtp else (0, 0)
+    own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv.kind) + on_host
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in batch_sizes(n_batch, context.n_parallel):
-        program = own + request_bytes(spec, fewer, context.n_parallel)
+        program = own + of_block + request_bytes(spec, fewer, context.n_parallel)
         needs = Needs(kv.n_bytes(spec), program, kv.n_masked(spec), fewer)
         weight_forms = choose_weight_forms(
             sources, spec, memory.weights, model.speeds, needs, budget.ram, has_second=has_second
@@ -232,13 +225,17 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
         lossy=make_lossy(config.loss.lossy, config.loss.max_kl, layers),
         machine=machine,
         mtp=mtp,
-        mtp_bytes=mtp_bytes,
+        mtp_bytes=on_host + of_block,
     )
     chosen = list(zip(machine.devices, budget.vram, strict=True))
-    decided = _within_budget(config, _with_devices(config, plan, chosen), chosen, own)
+    decided = _with_devices(config, plan, chosen, of_block)
+    if decided.devices:
+        decided = _within_budget(config, replace(decided, mtp_bytes=on_host), chosen, own)
+    else:
+        decided = _within_budget(config, decided, chosen, own + of_block)
     if decided.shortfall is None or not decided.driver_bytes or not config.devices.is_automatic:
         return decided
-    alone = _within_budget(config, plan, (), own)
+    alone = _within_budget(config, plan, (), own + of_block)
     if alone.shortfall is not None:
         return decided
     drivers = (f"{one.device.name}, whose driver takes {human(one.device.driver.total)}" for one in decided.devices)
@@ -246,14 +243,17 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     return replace(alone, notes=(*alone.notes, note))
 
 
-def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted) -> EnginePlan:
-    """The plan with what devices hold. A device that is too small is left out and noted, but refused if named."""
+def _with_devices(config: EngineConfig, plan: EnginePlan, devices: Budgeted, mtp: int = 0) -> EnginePlan:
+    """The plan with what devices hold, `mtp` bytes of a block that drafts tokens among it.
+
+    A device that is too small is left out and noted, but refused if named.
+    """
     if not devices:
         return plan
     # A mode that goes by expert weights must see those of every layer, and so must a trace.
     may_be_whole = config.trace is None and (plan.lossy is None or not plan.lossy.chooser.is_steady)
     sizes = plan.kv, plan.n_batch, most_logit_rows(plan.n_batch, plan.n_parallel)
-    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, *sizes, may_be_whole)
+    needs = DeviceNeeds(plan.spec, plan.sources, plan.layers, *sizes, may_be_whole, mtp)
     if config.devices.is_automatic:
         plans, notes = plan_those_that_fit(needs, devices)
     else:

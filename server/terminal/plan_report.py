@@ -10,6 +10,7 @@ from slimoe.offload.plan.expert_placement import expert_placement
 from slimoe.offload.plan.prediction import PlanPrediction, known_as
 from slimoe.offload.resources.memory import human
 
+_DEVICE_BYTES = ("weights", "kv", "compute", "slots", "mtp")
 _BOUNDS = {CPU: "the CPU", DISK: "the disk", LINK: "the link to the device"}
 
 
@@ -72,7 +73,7 @@ class PlanReport:
             "weights, repacked": sizes["repacked"],
             "experts, read from disk": sizes.get("host_pool", 0),
             kv: sizes["kv"],
-            "MTP block, for drafts": sizes["mtp"],
+            "tokens of the MTP block" if plan.devices else "MTP block, for drafts": sizes["mtp"],
             f"compute, batches of {plan.n_batch}": sizes["compute"],
             "pinned, on the way to devices": sizes.get("pinned", 0),
             "program, at most": sizes["program"],
@@ -147,7 +148,7 @@ def _tiers(plan: EnginePlan) -> dict[str, Any]:
             "layers": list(device.layers),
             "is_whole": device.is_whole,
             "n_experts": n_experts,
-            "bytes": {"weights": device.weights, "kv": device.kv, "compute": device.compute, "slots": device.slots},
+            "bytes": {name: getattr(device, name) for name in _DEVICE_BYTES},
             "required_bytes": device.required,
             "budget_bytes": device.budget,
         }
@@ -178,6 +179,7 @@ def _tier_lines(plan: EnginePlan) -> list[str]:
         first, last = device.layers[0], device.layers[-1]
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         what = "all of it" if device.is_whole else f"{_count(n_experts, 'expert')} of theirs"
+        what += ", the MTP block" if device.mtp else ""
         taken = f"{layers}, {what}, {human(device.required)} of {human(device.budget)}"
         lines.append(_row(known_as(device.device), taken))
     if where.on_host:
