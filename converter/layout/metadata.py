@@ -13,7 +13,7 @@ from slimoe.converter.gguf.late_keys import room_for_late_keys
 from slimoe.converter.layout.layer import Matrix, layer_shape, native_layer
 from slimoe.converter.layout.plan import CompressPlan
 from slimoe.converter.source.model_source import ModelSource
-from slimoe.converter.source.stored_model import StoredModel
+from slimoe.converter.source.stored_model import LATER_BLOCKS, StoredModel
 from slimoe.converter.stats.statistics import Statistics
 from slimoe.offload.gguf import keys
 from slimoe.offload.gguf.header import DEFAULT_ALIGNMENT, Value
@@ -58,6 +58,8 @@ def left_out(source: ModelSource) -> tuple[str, ...]:
     n_nextn, difference = source.spec.n_layer_nextn, source.spec.architecture.difference
     advice = ": --mtp keeps it" if source.spec.architecture.has_mtp else ": nothing runs it"
     blocks = f"What predicts further tokens (MTP, {n_nextn} of the blocks) is left out{advice}."
+    if source.spec.has_mtp_layer:
+        blocks = LATER_BLOCKS
     own = source.notes if isinstance(source, StoredModel) else ()
     return (*([blocks] if n_nextn else ()), *own, *([difference] if difference else ()))
 

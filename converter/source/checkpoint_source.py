@@ -31,7 +31,7 @@ from slimoe.converter.source.families.family import Family
 from slimoe.converter.source.hf_tensors import checkpoint_matrices, model_spec, skipped_prefixes
 from slimoe.converter.source.model_source import MatrixKey, SourceLayer
 from slimoe.converter.source.rotation import read_rotation
-from slimoe.converter.source.stored_model import StoredModel, no_mtp_block
+from slimoe.converter.source.stored_model import LATER_BLOCKS, StoredModel, no_mtp_block
 from slimoe.converter.source.tokenizer.vocabulary import tokenizer_metadata
 from slimoe.offload.errors import ModelFileError, UnsupportedModelError
 from slimoe.offload.gguf import keys
@@ -87,7 +87,7 @@ def checkpoint_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
     if spec.n_expert_used > spec.n_expert:
         problem = f"a token selects {spec.n_expert_used} of {spec.n_expert} experts."
         raise ModelFileError(checkpoint.config_path, problem, "Download the checkpoint again.")
-    if keeps_mtp and (not spec.architecture.has_mtp or config.n_layer_nextn > 1):
+    if keeps_mtp and not spec.architecture.has_mtp:
         raise no_mtp_block(path)
     spec = with_mtp_layer(spec) if keeps_mtp else spec
     matrices = checkpoint_matrices(checkpoint, family, config, spec, rotation.divisors)
@@ -122,7 +122,7 @@ def checkpoint_source(path: Path, *, keeps_mtp: bool = False) -> StoredModel:
     unread = [name for name in checkpoint.tensors if name.startswith(skipped)] if skipped else []
     why = "--mtp keeps it" if spec.architecture.has_mtp else "nothing runs it"
     left_out = tuple(
-        note.format(why=why)
+        LATER_BLOCKS if keeps_mtp and not is_image else note.format(why=why)
         for is_image, note in _LEFT_OUT.items()
         if any(any(part in one for part in _IMAGES) is is_image for one in unread)
     )

@@ -134,11 +134,13 @@ def checkpoint_matrices(
 
 
 def skipped_prefixes(family: Family, config: ModelConfig, *, keeps_mtp: bool = False) -> tuple[str, ...]:
-    """How the names of tensors begin that are not read: of what predicts further tokens, or has to do with images."""
-    if keeps_mtp:
-        return tuple(prefix for prefix in family.skipped if prefix != _MTP)
-    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in range(config.n_layer_nextn))
-    return (*family.skipped, *nextn)
+    """How the names of tensors begin that are not read: of what predicts further tokens, or has to do with images.
+
+    If it `keeps_mtp`, the first block of what predicts tokens is read, as the last layer.
+    """
+    numbers = range(int(keeps_mtp), config.n_layer_nextn)
+    nextn = (f"model.layers.{config.num_hidden_layers + index}." for index in numbers)
+    return (*(prefix for prefix in family.skipped if prefix != _MTP or not keeps_mtp), *nextn)
 
 
 def _check_values(found: Mapping[MatrixKey, StoredMatrix], without: Collection[int]) -> None:

@@ -17,6 +17,10 @@ from slimoe.offload.model.spec import ModelSpec
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
+LATER_BLOCKS = "Of several blocks that predict further tokens (MTP) the first is kept: nothing runs the others."
+"""What is told of a model that has more than the block which a file can keep."""
+
+
 def no_mtp_block(path: Path) -> UnsupportedModelError:
     """What is raised where a block is to be kept that is not there, or that cannot be run."""
     problem = "the model has no block that predicts further tokens (MTP), or none that slimoe runs."

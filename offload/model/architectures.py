@@ -164,7 +164,7 @@ GLM4MOE = Architecture(
 DEEPSEEK2 = Architecture(
     name="deepseek2",
     models="DeepSeek-V2 and V3, R1, Kimi-K2, Moonlight, GLM-4.7-Flash",
-    tensors=(*MLA, *MLA_END),
+    tensors=(*MLA, *MLA_END, *MTP),
     router=Router(reads_score=True, renormalise=None, sigmoid_sizes=((47, 154880), (48, 154880))),
     shared=SharedExpert("counted"),
     width_key="expert_feed_forward_length",
@@ -172,7 +172,14 @@ DEEPSEEK2 = Architecture(
     has_latent_attention=True,
     is_mscale_shared=True,
 )
-MISTRAL4 = replace(DEEPSEEK2, name="mistral4", models="Mistral Small 4", is_mscale_shared=False, is_down_wide=True)
+MISTRAL4 = replace(
+    DEEPSEEK2,
+    name="mistral4",
+    models="Mistral Small 4",
+    tensors=(*MLA, *MLA_END),
+    is_mscale_shared=False,
+    is_down_wide=True,
+)
 GPT_OSS = Architecture(
     name="gpt-oss",
     models="gpt-oss",

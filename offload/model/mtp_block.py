@@ -2,7 +2,7 @@
 
 It is a layer of the model with its own router and experts. It reads a token's row and what the model has made of the
 tokens before, both normalised and joined by a matrix; the model's output turns its own into logits. Sources:
-llama.cpp's models/qwen35moe.cpp and glm4-moe.cpp, `nextn` tensors.
+llama.cpp's models/qwen35moe.cpp, glm4-moe.cpp and deepseek2.cpp, `nextn` tensors.
 """
 
 from collections.abc import Mapping
@@ -65,11 +65,11 @@ class MtpBlock:
 
 
 def mtp_block(gguf: GGUFFile, spec: ModelSpec, sources: ModelSources) -> MtpBlock | None:
-    """The block of a file; None where there is none, or none that can be run.
+    """The block of a file, of several the first; None where there is none, or none that can be run.
 
     Raises ModelFileError for a tensor of it that is missing or has another shape.
     """
-    if spec.n_layer_nextn != 1 or not spec.architecture.has_mtp:
+    if not spec.n_layer_nextn or not spec.architecture.has_mtp:
         return None
     whole = with_mtp_layer(spec)
     tensors = list(layer_tensors(whole, spec.n_layer))
@@ -91,13 +91,13 @@ def mtp_block(gguf: GGUFFile, spec: ModelSpec, sources: ModelSources) -> MtpBloc
 
 
 def with_mtp_layer(spec: ModelSpec) -> ModelSpec:
-    """The model with the block as a further layer: with attention, and experts if any layer has some."""
+    """The model with the first block as a further layer: with attention, and experts if any layer has some."""
     shapes, recurrent = spec.experts.layers, spec.recurrent
     layers = (*shapes, LayerShape(spec.n_expert, spec.n_ff)) if shapes else ()
     return replace(
         spec,
         n_layer=spec.n_layer + 1,
-        n_layer_nextn=0,
+        n_layer_nextn=max(0, spec.n_layer_nextn - 1),
         has_mtp_layer=True,
         experts=replace(spec.experts, layers=layers),
         windowed=(*spec.windowed, False) if spec.windowed else (),

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp_mtp import LlamaCppMtp
-from slimoe.converter.convert import ConvertOptions, convert
+from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.offload.engine import Engine
 from slimoe.offload.errors import UnsupportedModelError
+from slimoe.offload.plan.engine_plan import plan_engine
 from slimoe.server.cli import run as slimoe
 from slimoe.server.commands.convert import command
 from tests.converter.source.families.test_recurrent_families import with_config, with_tensors
@@ -21,11 +22,11 @@ from tests.converter.source.families.tiny_families import save_family
 from tests.models.configs import engine_config
 from tests.models.gguf_content import file_tensors, read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
-from tests.offload.drafted import answers, with_mtp_block, with_right_block
+from tests.offload.drafted import answers, with_mtp_block, with_right_block, with_second_block
 from tests.offload.test_predicted_drafts import REQUESTS
 
 SHAPE = FineShape(n_layer=3, n_embd_head=64, n_expert=8, n_expert_used=2)
-NAMES = ("glm4moe", "qwen3next", "qwen35moe")
+NAMES = ("glm4moe", "qwen3next", "qwen35moe", "deepseek2")
 
 
 def with_block(path: Path, name: str, *, has_own_ends: bool = True) -> Path:
@@ -75,6 +76,21 @@ def test_what_layers_get_does_not_depend_on_the_block(tmp_path: Path, name: str)
         np.testing.assert_array_equal(kept.tensors[tensor].data, one.data)
 
 
+@pytest.mark.parametrize("name", ["glm4moe", "deepseek2"])
+def test_of_several_blocks_the_first_is_kept(tmp_path: Path, name: str) -> None:
+    source = with_block(tmp_path / "m.gguf", name)
+    two = write_content(tmp_path / "two.gguf", with_second_block(read_content(source), SHAPE.n_layer))
+    planned = plan(ConvertOptions(two, tmp_path / "f32.gguf", "F32", n_threads=1, keeps_mtp=True))
+    assert any("several blocks that predict" in note and "the first is kept" in note for note in planned.notes)
+    wanted, kept = read_content(source), read_content(converted(two, tmp_path / "f32.gguf", "F32"))
+    assert kept.tensors.keys() == wanted.tensors.keys()
+    assert kept.keys[f"{name}.nextn_predict_layers"].value == 1
+    notes = plan_engine(engine_config(two, n_ctx=256, n_threads=1, draft="mtp", device="none")).notes
+    assert [note for note in notes if "predict tokens" in note] == [
+        "Of the 2 blocks that predict tokens the first drafts, the others are not used."
+    ]
+
+
 def test_the_kept_block_drafts(tmp_path: Path) -> None:
     content = read_content(write_family(tmp_path / "plain.gguf", "glm4moe", shape=SHAPE))
     source = write_content(tmp_path / "m.gguf", with_right_block(content, SHAPE.n_layer))
@@ -95,9 +111,11 @@ QWENS = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_nor
 OF_QWEN = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
 
 
-@pytest.mark.parametrize("name", ["Glm4Moe", "Qwen3Next", "Qwen3_5Moe"])
-def test_the_block_of_a_checkpoint_is_what_a_layer_of_it_would_be(tmp_path: Path, name: str) -> None:
-    """Its norms of Qwen are stored less one, as all norms of these models but one."""
+@pytest.mark.parametrize(
+    ("name", "n_blocks"), [("Glm4Moe", 1), ("DeepseekV3", 1), ("DeepseekV3", 2), ("Qwen3Next", 1), ("Qwen3_5Moe", 1)]
+)
+def test_the_block_of_a_checkpoint_is_what_a_layer_of_it_would_be(tmp_path: Path, name: str, n_blocks: int) -> None:
+    """Its norms of Qwen are stored less one, as all norms of these models but one. Of several the first is kept."""
     is_qwen = name.startswith("Qwen")
     longer = save_family(tmp_path / "longer", name, num_hidden_layers=3, **(OF_QWEN if is_qwen else {}))
     expected = read_content(convert(ConvertOptions(longer, tmp_path / "longer.gguf", "F32", n_threads=1)).path)
@@ -105,13 +123,15 @@ def test_the_block_of_a_checkpoint_is_what_a_layer_of_it_would_be(tmp_path: Path
     def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own = {f"mtp.{QWENS[one]}.weight" if is_qwen else f"model.layers.2.{one}.weight": OWN[one] for one in OWN}
         block = "mtp.layers.0." if is_qwen else "model.layers.2."
-        return {one.replace("model.layers.2.", block): tensor for one, tensor in tensors.items()} | own
+        made = {one.replace("model.layers.2.", block): tensor for one, tensor in tensors.items()} | own
+        later = {one.replace(block, "model.layers.3."): 2 * made[one] for one in made if one.startswith(block)}
+        return made | (later if n_blocks > 1 else {})
 
     source = with_tensors(shutil.copytree(longer, tmp_path / "source"), renamed)
     if is_qwen:
         with_config(source, num_hidden_layers=2, layer_types=OF_QWEN["layer_types"][:2])
     else:
-        with_config(source, num_hidden_layers=2, num_nextn_predict_layers=1)
+        with_config(source, num_hidden_layers=2, num_nextn_predict_layers=n_blocks)
     found = read_content(converted(source, tmp_path / "m.gguf", "F32"))
     own = {one for one in found.tensors if ".nextn." in one}
     assert found.tensors.keys() - own == expected.tensors.keys()

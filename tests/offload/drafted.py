@@ -86,7 +86,24 @@ def with_mtp_block(content: GGUFContent, n_layer: int, *, has_own_ends: bool = F
 
 def _has_all(content: GGUFContent, layer: int) -> bool:
     names = content.tensors.keys()
-    return f"blk.{layer}.attn_q.weight" in names and f"blk.{layer}.ffn_gate_exps.weight" in names
+    has_attention = any(f"blk.{layer}.{role}.weight" in names for role in ("attn_q", "attn_q_a"))
+    return has_attention and f"blk.{layer}.ffn_gate_exps.weight" in names
+
+
+def with_second_block(content: GGUFContent, n_layer: int) -> GGUFContent:
+    """The content with a second block that predicts tokens, a copy of the first one of a model of `n_layer` layers."""
+    name, first = content.keys["general.architecture"].value, f"blk.{n_layer}."
+    counts = {f"{name}.block_count": n_layer + 2, f"{name}.nextn_predict_layers": 2}
+    keys = content.with_keys(counts).keys
+    for key in (f"{name}.attention.head_count", f"{name}.attention.recurrent_layers"):
+        if key in keys:
+            keys = keys | {key: replace(keys[key], value=[*keys[key].value, keys[key].value[-1]])}
+    copies = {
+        one.replace(first, f"blk.{n_layer + 1}."): StoredTensor(tensor.data.copy(), tensor.type)
+        for one, tensor in content.tensors.items()
+        if one.startswith(first)
+    }
+    return GGUFContent(dict(keys), content.tensors | copies)
 
 
 def with_right_block(content: GGUFContent, n_layer: int, period: int = 7) -> GGUFContent:

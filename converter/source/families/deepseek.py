@@ -6,7 +6,7 @@ from typing import Annotated
 from msgspec import Meta, UnsetType
 
 from slimoe.converter.source.families.config import Count, DeepseekConfig, Positive, RopeFields, SmallCount
-from slimoe.converter.source.families.family import ATTENTION, CHOICE_BIAS, DENSE, EXPERTS, SHARED, Family
+from slimoe.converter.source.families.family import ATTENTION, CHOICE_BIAS, DENSE, EXPERTS, MTP, SHARED, Family
 from slimoe.offload.model.architecture import Architecture, Score
 from slimoe.offload.model.architectures import DEEPSEEK2, MISTRAL4
 from slimoe.offload.model.attention_spec import AttentionSpec, LatentSpec, Temperature
@@ -43,7 +43,7 @@ class LatentConfig(DeepseekConfig, frozen=True, kw_only=True):
 
     @property
     def n_layer_nextn(self) -> int:
-        """Blocks behind the layers that predict further tokens; they are not converted."""
+        """Blocks behind the layers that predict further tokens."""
         return self.num_nextn_predict_layers
 
     @property
@@ -226,9 +226,11 @@ FAMILIES = {
     "DeepseekV2ForCausalLM": Family(
         "deepseek_v2", DeepseekV2Config, DEEPSEEK2, _NAMES, _V2_IDS, rotates_neighbours=True
     ),
-    "DeepseekV3ForCausalLM": Family("deepseek_v3", LatentConfig, DEEPSEEK2, _NAMES, _V3_IDS, rotates_neighbours=True),
+    "DeepseekV3ForCausalLM": Family(
+        "deepseek_v3", LatentConfig, DEEPSEEK2, _NAMES | MTP, _V3_IDS, rotates_neighbours=True
+    ),
     "Glm4MoeLiteForCausalLM": Family(
-        "glm4_moe_lite", Glm4MoeLiteConfig, DEEPSEEK2, _NAMES, _V3_IDS, rotates_neighbours=True
+        "glm4_moe_lite", Glm4MoeLiteConfig, DEEPSEEK2, _NAMES | MTP, _V3_IDS, rotates_neighbours=True
     ),
     "Mistral4ForCausalLM": Family("mistral4", Mistral4Config, MISTRAL4, _NAMES, _V2_IDS, rotates_neighbours=True),
 }

@@ -20,10 +20,10 @@ from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.configs import engine_config
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiny_gguf import FineShape, write_family
-from tests.offload.drafted import with_mtp_block
+from tests.offload.drafted import with_mtp_block, with_second_block
 
 SHAPE = FineShape(n_layer=3, n_embd_head=64, n_expert=8, n_expert_used=2)
-FAMILIES = ("glm4moe", "qwen3next", "qwen35moe")
+FAMILIES = ("glm4moe", "qwen3next", "qwen35moe", "deepseek2", "deepseek32", "glm-dsa")
 TOKENS = (5, 9, 30, 7, 22, 41, 8, 19, 60, 3, 77, 14)
 N_EMBD = 256
 
@@ -51,7 +51,7 @@ def test_the_block_is_llama_cpps(tmp_path: Path, name: str, own: bool) -> None:
     path = write(tmp_path / "m.gguf", name, has_own_ends=own)
     with closing(LlamaCppMtp(path)) as theirs, opened(path) as (model, block):
         wanted = theirs.hidden(TOKENS)
-        model.runner.run(batch_of(TOKENS, 0, () if name == "glm4moe" else ((0, 1),)))
+        model.runner.run(batch_of(TOKENS, 0, ((0, 1),) if name.startswith("qwen") else ()))
         hidden = model.runner.hidden.copy()
         np.testing.assert_array_equal(hidden, wanted)
         before = np.concatenate([np.zeros((1, N_EMBD), np.float32), hidden[:-1]])
@@ -66,6 +66,23 @@ def test_the_block_is_llama_cpps(tmp_path: Path, name: str, own: bool) -> None:
             np.testing.assert_array_equal(logits, expected)
             np.testing.assert_array_equal(own_after, after)
             token, last, place = int(expected[0].argmax()), after, place + 1
+
+
+def test_of_two_blocks_the_first_is_run(tmp_path: Path) -> None:
+    """It predicts what it does alone, beside a second one of other numbers."""
+    one = read_content(write(tmp_path / "one.gguf", "deepseek32"))
+    two = with_second_block(one, SHAPE.n_layer)
+    name = f"blk.{SHAPE.n_layer + 1}.nextn.eh_proj.weight"
+    path = write_content(tmp_path / "two.gguf", two.with_values({name: np.zeros((N_EMBD, 2 * N_EMBD), np.float32)}))
+    before = np.zeros((len(TOKENS), N_EMBD), np.float32)
+    with opened(tmp_path / "one.gguf") as (_, block):
+        logits, last = block.predict(batch_of(TOKENS, 0), before)
+    with opened(path) as (_, block):
+        assert block.spec.n_layer_nextn == 1
+        own_logits, own_last = block.predict(batch_of(TOKENS, 0), before)
+    assert logits.std() > 0.1
+    np.testing.assert_array_equal(own_logits, logits)
+    np.testing.assert_array_equal(own_last, last)
 
 
 def test_a_block_with_another_shape_is_refused(tmp_path: Path) -> None:
