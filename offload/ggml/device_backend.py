@@ -12,7 +12,7 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
-from slimoe.offload.ggml.device_calls import AnsweredBy
+from slimoe.offload.ggml.device_calls import AnsweredBy, answers_for
 from slimoe.offload.ggml.devices import Device, free_now
 from slimoe.offload.resources.memory import human
 
@@ -49,6 +49,7 @@ class DeviceBackend:
         self._marks: list[int] = []
         self._n_marks = 0
         self._buft = int(ggml_device.ggml_backend_dev_buffer_type(device.handle) or 0)
+        answers_for(self._buft, self._answer)
 
     # --- memory --------------------------------------------------------------------------------------------
 

@@ -5,11 +5,17 @@ The thread that made the call hears nothing until then, so that others ask here 
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from slimoe.offload.ggml import buffers as ggml_backend
+from slimoe.offload.ggml import ops as ggml
+
 _calls: dict[int, tuple["AnsweredBy", float]] = {}
 """By thread: whose call it has made, and when."""
+_owners: dict[int, "AnsweredBy"] = {}
+"""By ggml's address of a buffer type: who answers for what lies in its buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,17 @@ class AnsweredBy:
         lent = "Check that its RPC server runs and serves nobody else, and the network to it, or leave --rpc out."
         local = "End what else uses the device, or compute on the CPU with --device none."
         return DeviceWait(self._device, seconds, lent if self._is_lent else local)
+
+
+def answers_for(buft: int, owner: AnsweredBy) -> None:
+    """Remembers who answers for what lies in buffers of a type."""
+    _owners[buft] = owner
+
+
+def waiting_for(tensor: int) -> AbstractContextManager[None]:
+    """A context in which a thread waits for the device that has a tensor; in host memory it waits for nobody."""
+    buft = ggml_backend.ggml_backend_buffer_get_type(ggml.tensor_at(tensor).buffer)
+    return _owners.get(int(buft or 0)) or nullcontext()
 
 
 def longest_wait() -> DeviceWait | None:

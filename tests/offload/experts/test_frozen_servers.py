@@ -4,13 +4,25 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.rpc_server import RpcServer, rpc_server
 from slimoe.offload.errors import DeviceError
+from slimoe.offload.ggml.device_backend import DeviceBackend
+from slimoe.offload.ggml.device_calls import longest_wait
+from slimoe.offload.ggml.devices import available_devices
+from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.memory.contents import read_rows
+from slimoe.offload.memory.kv_cache import KVSize
+from slimoe.offload.memory.kv_store import KVPlace, KVStore
+from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.text.generation import GenerationRequest
 from slimoe.server.messages import Failure, Step, TokenPrompt
 from slimoe.server.process.request_handle import EngineFailure, RequestHandle
@@ -125,3 +137,26 @@ async def test_the_engine_of_a_frozen_server_is_ended_and_the_device_named(
     finally:
         await supervisor.stop()
     assert ADVICE in capsys.readouterr().err
+
+
+def test_copies_of_the_cache_name_the_server_that_they_wait_for(model: Path, server: RpcServer) -> None:
+    """They are ggml's own calls, and no backend's."""
+    (device,) = available_devices([server.endpoint])[-1:]
+    spec = ModelFile.of(read_gguf(model)).spec
+    with closing(DeviceBackend(device)) as backend, closing(KVStore(spec, KVSize(Type.F16, 256))) as store:
+        store.arrange({device.name: KVPlace(backend, tuple(range(spec.n_layer)))})
+        tensor = store.tensors()[0]
+        assert longest_wait() is None
+        freeze(server)
+        reading = threading.Thread(target=read_rows, args=(tensor, np.arange(4), range(1)))
+        reading.start()
+        try:
+            asyncio.run(until(lambda: longest_wait() is not None))
+            waiting = longest_wait()
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+            reading.join()
+    assert waiting is not None
+    assert server.endpoint in waiting.device
+    assert ADVICE in waiting.advice
+    assert longest_wait() is None
