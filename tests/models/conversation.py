@@ -1,13 +1,14 @@
 """What tests say to engines that must answer alike: a conversation, requests at once, steps that are stopped."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from bench.baselines.stepping import kl_divergence, random_tokens
 from slimoe.offload.engine import Engine
-from slimoe.offload.text.generation import Failed, GenerationRequest, SamplingParams, TokenStep
+from slimoe.offload.text.generation import Event, Failed, GenerationRequest, SamplingParams, TokenStep
 
 Array = np.ndarray[Any, Any]
 TOKENS = random_tokens(48, 300)
@@ -21,6 +22,22 @@ def conversation(engine: Engine) -> Array:
     engine.truncate(20)
     told.append(engine.decode(TOKENS[45])[None].copy())
     return np.concatenate(told)
+
+
+def events_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[list[Event]]:
+    """The events of each of some requests that are submitted at once."""
+    ids = [engine.submit(request) for request in requests]
+    told = defaultdict[int, list[Event]](list)
+    while not engine.is_idle:
+        for id, event in engine.step():
+            assert not isinstance(event, Failed), event.error
+            told[id].append(event)
+    return [told[id] for id in ids]
+
+
+def tokens_of(events: Iterable[Event]) -> list[int]:
+    """The tokens of an answer."""
+    return [event.token for event in events if isinstance(event, TokenStep)]
 
 
 def answers(engine: Engine) -> dict[int, list[tuple[int, float]]]:

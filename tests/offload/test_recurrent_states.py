@@ -1,7 +1,6 @@
 """Models with recurrent layers answer several requests at once, and go on from what they have read, as others do."""
 
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,15 +17,13 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.text.generation import (
     Event,
-    Failed,
     Finished,
     GenerationRequest,
     PromptProgress,
     SamplingParams,
-    TokenStep,
 )
 from tests.models.configs import engine_config
-from tests.models.conversation import conversation
+from tests.models.conversation import conversation, events_of, tokens_of
 from tests.models.gguf_content import read_content, write_content
 from tests.models.tiered import device_engine, resident_engine, tiered_engine
 from tests.models.tiny_gguf import FAMILIES as FAMILIES_OF_FILES
@@ -76,17 +73,7 @@ def anew(engine: Engine, prompt: tuple[int, ...], n: int = 6) -> list[int]:
 
 
 def together(engine: Engine, prompts: list[tuple[int, ...]], n: int = 6) -> list[list[Event]]:
-    ids = [engine.submit(greedy(prompt, n)) for prompt in prompts]
-    told = defaultdict[int, list[Event]](list)
-    while not engine.is_idle:
-        for id, event in engine.step():
-            assert not isinstance(event, Failed), event.error
-            told[id].append(event)
-    return [told[id] for id in ids]
-
-
-def tokens_of(events: list[Event]) -> list[int]:
-    return [event.token for event in events if isinstance(event, TokenStep)]
+    return events_of(engine, [greedy(prompt, n) for prompt in prompts])
 
 
 def n_read(events: list[Event]) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from slimoe.offload.text.generation import (
     TokenStep,
 )
 from tests.models.configs import engine_config
+from tests.models.conversation import events_of, tokens_of
 from tests.models.tiny_gguf import TinyShape, write_tiny_gguf
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -76,28 +77,13 @@ def answer(engine: Engine, request: GenerationRequest) -> list[Event]:
     return list(engine.generate(request))
 
 
-def answers(engine: Engine, requests: list[GenerationRequest]) -> list[list[Event]]:
-    """The events of requests that are submitted at once."""
-    ids = [engine.submit(request) for request in requests]
-    told = defaultdict(list)
-    while not engine.is_idle:
-        for id, event in engine.step():
-            assert not isinstance(event, Failed), event.error
-            told[id].append(event)
-    return [told[id] for id in ids]
-
-
-def tokens_of(events: list[Event]) -> list[int]:
-    return [event.token for event in events if isinstance(event, TokenStep)]
-
-
 def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TokenStep | Finished))
 
 
 def test_greedy_answers_are_those_of_each_alone(engine: Engine, alone: Engine) -> None:
     requests = [greedy(prompt) for prompt in PROMPTS]
-    together = answers(engine, requests)
+    together = events_of(engine, requests)
     for events, request in zip(together, requests, strict=True):
         expected = answer(alone, request)
         assert tokens_of(events) == tokens_of(expected)
@@ -110,7 +96,7 @@ def test_greedy_answers_are_those_of_each_alone(engine: Engine, alone: Engine) -
 def test_however_the_model_is_opened(tiny_model: Path, alone: Engine, changed: dict[str, Any]) -> None:
     engine = open_engine(tiny_model, **changed)
     requests = [greedy(prompt, 8) for prompt in PROMPTS]
-    together = answers(engine, requests)
+    together = events_of(engine, requests)
     engine.close()
     assert [tokens_of(events) for events in together] == [tokens_of(answer(alone, request)) for request in requests]
 
@@ -125,7 +111,7 @@ def test_each_has_its_own_settings(engine: Engine, alone: Engine) -> None:
         dataclasses.replace(greedy(PROMPTS[0], 30), n_logprobs=3),
         dataclasses.replace(greedy(PROMPTS[0], 30), sampling=SamplingParams(temperature=0.0, presence_penalty=100.0)),
     ]
-    together = answers(engine, requests)
+    together = events_of(engine, requests)
     expected = [answer(alone, request) for request in requests]
     assert [text_of(events) for events in together] == [text_of(events) for events in expected]
     assert len({text_of(events) for events in together}) == len(requests)
@@ -139,7 +125,7 @@ def test_each_has_its_own_settings(engine: Engine, alone: Engine) -> None:
 
 def test_scores_of_a_prompt_beside_others(engine: Engine, alone: Engine) -> None:
     scored = dataclasses.replace(greedy(PROMPTS[3], 2), prompt_logprobs=True, n_logprobs=2)
-    together = answers(engine, [greedy(PROMPTS[1]), scored, greedy(PROMPTS[3])])
+    together = events_of(engine, [greedy(PROMPTS[1]), scored, greedy(PROMPTS[3])])
     (got,) = (event for event in together[1] if isinstance(event, PromptLogprobs))
     (wanted,) = (event for event in answer(alone, scored) if isinstance(event, PromptLogprobs))
     assert len(got.tokens) == len(wanted.tokens) == len(PROMPTS[3])
@@ -154,7 +140,7 @@ def test_scores_of_a_prompt_beside_others(engine: Engine, alone: Engine) -> None
 def test_every_context_is_whole(engine: Engine, alone: Engine) -> None:
     """All of them at once use theirs to the end."""
     requests = [greedy((n, n, n), None) for n in range(3, 3 + N_PARALLEL)]
-    together = answers(engine, requests)
+    together = events_of(engine, requests)
     for events, request in zip(together, requests, strict=True):
         assert len(tokens_of(events)) == N_CTX - 3 + 1
         assert tokens_of(events)[:100] == tokens_of(answer(alone, dataclasses.replace(request, max_tokens=100)))
@@ -163,7 +149,7 @@ def test_every_context_is_whole(engine: Engine, alone: Engine) -> None:
 def test_the_two_ways_to_use_an_engine_in_turn(engine: Engine, alone: Engine) -> None:
     expected = tokens_of(answer(alone, greedy(PROMPTS[1])))
     for _ in range(2):
-        assert tokens_of(answers(engine, [greedy(PROMPTS[1])])[0]) == expected
+        assert tokens_of(events_of(engine, [greedy(PROMPTS[1])])[0]) == expected
         assert tokens_of(answer(engine, greedy(PROMPTS[1]))) == expected
         engine.truncate(0)
         first = int(engine.prefill(PROMPTS[0]).argmax())
@@ -202,7 +188,7 @@ def test_numbers_of_requests_that_make_no_sense(tiny_model: Path, changed: dict[
 
 def test_a_batch_has_room_for_everyone(tiny_model: Path, alone: Engine) -> None:
     engine = open_engine(tiny_model, n_batch=2, n_parallel=5)
-    together = answers(engine, [greedy(prompt, 5) for prompt in PROMPTS])
+    together = events_of(engine, [greedy(prompt, 5) for prompt in PROMPTS])
     engine.close()
     assert [tokens_of(events) for events in together] == [tokens_of(answer(alone, greedy(p, 5))) for p in PROMPTS]
 
@@ -235,5 +221,5 @@ def test_a_thousand_come_and_go_and_nothing_stays(tmp_path: Path) -> None:
     assert sum(ends.values()) == 1000
     assert min(ends["length"], ends["cancelled"]) > 100, ends
     assert resident[1] - resident[0] < 4 << 20
-    assert tokens_of(answers(engine, [greedy((3, 4), None)])[0])
+    assert tokens_of(events_of(engine, [greedy((3, 4), None)])[0])
     engine.close()
