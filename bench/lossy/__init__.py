@@ -1,1 +1,1 @@
-"""Lossy modes measured: what they cost in quality where they save as much."""
+"""What saves memory for some exactness, measured: lossy modes, and types of tensors and of the KV cache."""

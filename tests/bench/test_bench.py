@@ -44,6 +44,8 @@ SCRIPTS += [
     "drafts.gain",
     "lossy.gates",
     "lossy.kv_types",
+    "lossy.tensor_classes",
+    "models.trained_hybrid",
     "quality.healing",
     "quality.main_experts",
     "quality.seed_table",
@@ -90,6 +92,15 @@ def test_gains_of_drafts_are_times_without_over_times_with(smoke: Smoke) -> None
     texts = smoke("drafts.gain")["memory"]["memory"]
     assert texts["new"]["tokens_per_step"] == 1
     assert all(row["draft_vs_none"] == pytest.approx(row["none_ms"] / row["draft_ms"]) for row in texts.values())
+
+
+def test_every_kind_of_tensor_loses_less_in_more_bits(smoke: Smoke) -> None:
+    kinds = smoke("lossy.tensor_classes")["kinds"]
+    assert {"token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "output"} < set(kinds)
+    assert all(0 < row["kl"]["Q8_0"] < row["kl"]["Q4_K"] for row in kinds.values())
+    # With the bits that each kind is worth, a byte more helps all of them alike.
+    slopes = [row["kl"]["Q4_K"] / row["weights"] / 4 ** row["bits_more"] for row in kinds.values()]
+    assert slopes == pytest.approx([slopes[0]] * len(slopes))
 
 
 def test_a_bench_runs_by_its_modules_name() -> None:
