@@ -15,6 +15,7 @@ from slimoe.offload.ggml.cpu_backend import Backend, EngineAbortedError
 from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
+from slimoe.offload.graph.recurrent import StateViews
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.graph.segment import build_segment, cut_into_segments
 from slimoe.offload.graph.token_rows import TokenRows
@@ -35,6 +36,7 @@ class _Prepared:
     graph: int
     logits: int
     hidden: int
+    views: StateViews | None
 
 
 class TieredRunner:
@@ -120,6 +122,8 @@ class TieredRunner:
                 handed_over = self.parts[segment.part - 1].exchange.read("residual", batch.n_tokens, self.spec.n_embd)
                 part.exchange.write("residual", handed_over)
             prepared = self._graphs[segment.part].get((index, *shape))
+            if prepared.views is not None:
+                prepared.views.move(batch)
             if is_cancelled is None:
                 part.backend.compute(prepared.graph)
             elif is_cancelled():
@@ -173,7 +177,9 @@ class TieredRunner:
         segment, shape = self._segments[key[0]], StepShape(*key[1:], self._has_hidden)
         part = self.parts[segment.part]
         built = build_segment(self.spec, part.weights, part.cache, shape, part.exchange, segment)
-        return BuiltGraph(built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits, built.hidden))
+        return BuiltGraph(
+            built.ctx, built.graph, lambda: _Prepared(built.graph, built.logits, built.hidden, built.views)
+        )
 
     def close(self) -> None:
         """Frees the graphs; weights, exchanges and experts' memory are their owners' business."""

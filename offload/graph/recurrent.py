@@ -2,13 +2,18 @@
 
 Their operations are in llama.cpp's order. A state is two tensors, the last inputs of a convolution and the matrices of
 a delta net or of Mamba-2, each in rows of `n_parts` a state. A step reads the states that its sequences had, and writes
-others, so that those from before it stay as they are.
+others, so that those from before it stay as they are. Of several sequences the graph looks the states up by their
+numbers. Of one sequence in host memory it has views of them, which are moved before each step: looking up would copy
+what is read once more, and write more slowly than a plain copy.
 """
 
+import math
 from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
+from slimoe.offload.ggml.struct import Tensor, tensor_at
 from slimoe.offload.graph.attention import StepInputs, StepShape
+from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.linear import add_linear, add_rms_norm
 from slimoe.offload.graph.weights import LayerWeights, RecurrentWeights
 from slimoe.offload.memory.kv_cache import KVTensors
@@ -16,9 +21,39 @@ from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.spec import ModelSpec
 
 
+class StateViews:
+    """The views of states in the graph of a step of one sequence, in host memory."""
+
+    def __init__(self) -> None:
+        self._before = list[tuple[Tensor, int, int]]()
+        self._after = list[tuple[Tensor, int, int]]()
+
+    def add_before(self, view: int, states: int, n_bytes: int) -> int:
+        """Remembers a view of the first of `states`, of `n_bytes` each, that is to show the sequence's state."""
+        self._before.append((tensor_at(view), ggml.ggml_get_data(states), n_bytes))
+        return view
+
+    def add_after(self, view: int, states: int, n_bytes: int) -> int:
+        """Remembers a view of the first of `states`, of `n_bytes` each, to which the state after the step goes."""
+        self._after.append((tensor_at(view), ggml.ggml_get_data(states), n_bytes))
+        return view
+
+    def move(self, batch: Batch) -> None:
+        """Points the views, which must be allocated, at the states before and after a step."""
+        if not self._after:
+            return
+        ((before, after),) = batch.states
+        for views, number in ((self._before, before), (self._after, after)):
+            for view, base, n_bytes in views:
+                view.data = base + number * n_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class RecurrentBuilder:
-    """Adds recurrent layers to the graph of a step; the tokens of each sequence are neighbours, in order."""
+    """Adds recurrent layers to the graph of a step; the tokens of each sequence are neighbours, in order.
+
+    With `views` the step is of one sequence, and states are moved, not looked up.
+    """
 
     ctx: int
     graph: int
@@ -27,6 +62,7 @@ class RecurrentBuilder:
     cache: KVTensors
     shape: StepShape
     inputs: StepInputs
+    views: StateViews | None
 
     def add(self, index: int, layer: LayerWeights, hidden: int) -> int:
         """The output of layer `index`, [n_embd, n_tokens], for its normalised input."""
@@ -39,15 +75,28 @@ class RecurrentBuilder:
         """Tokens of each sequence."""
         return self.shape.n_tokens // self.shape.n_runs
 
-    def _read(self, states: int) -> int:
-        """The states that the sequences had, one behind the other."""
-        return int(ggml.ggml_get_rows(self.ctx, states, self.inputs.states_from))
+    def _read(self, states: int, *ne: int) -> int:
+        """The states that the sequences had, F32 of the shape `ne`, the last of which are the sequences."""
+        if self.views is None:
+            rows = ggml.ggml_get_rows(self.ctx, states, self.inputs.states_from)
+            return int(ggml.ggml_reshape_4d(self.ctx, rows, *ne, *[1] * (4 - len(ne))))
+        return self.views.add_before(self._first_state(states, *ne), states, 4 * math.prod(ne))
+
+    def _first_state(self, states: int, *ne: int) -> int:
+        """A view of the first state, of the shape `ne`."""
+        sizes = [*ne, *[1] * (4 - len(ne))]
+        strides = (4 * math.prod(sizes[:n]) for n in range(1, 4))
+        return int(ggml.ggml_view_4d(self.ctx, states, *sizes, *strides, 0))
 
     def _write(self, states: int, values: int) -> None:
         """Writes the states that the sequences have after the step."""
         width, n_rows = ggml.tensor_at(states).ne[0], self.shape.n_runs * self.recurrent.n_parts
-        rows = ggml.ggml_reshape_2d(self.ctx, values, width, n_rows)
-        stored = ggml.ggml_set_rows(self.ctx, states, rows, self.inputs.states_to)
+        if self.views is None:
+            rows = ggml.ggml_reshape_2d(self.ctx, values, width, n_rows)
+            stored = int(ggml.ggml_set_rows(self.ctx, states, rows, self.inputs.states_to))
+        else:
+            stored = int(ggml.ggml_cpy(self.ctx, values, self._first_state(states, width * n_rows)))
+            self.views.add_after(stored, states, 4 * width * n_rows)
         ggml.ggml_build_forward_expand(self.graph, stored)
 
     def _with_past(self, index: int, columns: int) -> int:
@@ -57,11 +106,11 @@ class RecurrentBuilder:
         """
         ctx, n_kept, n_channels = self.ctx, self.recurrent.n_conv - 1, self.recurrent.n_channels
         states, n_runs = self.cache.convs[index], self.shape.n_runs
-        past = ggml.ggml_reshape_3d(ctx, self._read(states), n_kept, n_channels, n_runs)
+        past = self._read(states, n_kept, n_channels, n_runs)
         every = ggml.ggml_concat(ctx, past, ggml.ggml_permute(ctx, columns, 1, 0, 2, 3), 0)
         strides, n_bytes = ggml.tensor_at(every).nb, 4 * self._n_tokens
         last = ggml.ggml_view_3d(ctx, every, n_kept, n_channels, n_runs, strides[1], strides[2], n_bytes)
-        self._write(states, ggml.ggml_cont(ctx, last))
+        self._write(states, int(last if self.views else ggml.ggml_cont(ctx, last)))
         return int(every)
 
     def _add_short_conv(self, index: int, weights: RecurrentWeights, hidden: int) -> int:
@@ -87,7 +136,7 @@ class RecurrentBuilder:
         mixed = ggml.ggml_silu(ctx, ggml.ggml_ssm_conv(ctx, self._with_past(index, columns), weights.conv))
         parts = self._queries_keys_values(int(mixed))
         states = self.cache.matrices[index]
-        before = ggml.ggml_reshape_4d(ctx, self._read(states), of.n_state, of.n_state, of.n_rank, n_runs)
+        before = self._read(states, of.n_state, of.n_state, of.n_rank, n_runs)
         result = ggml.ggml_gated_delta_net(ctx, *parts, decay, beta, before, 1)
         n_bytes, n_values = 4 * of.n_state, n_tokens * n_runs
         strides = (n_bytes, n_bytes * of.n_rank, n_bytes * of.n_rank * n_tokens)

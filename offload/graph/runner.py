@@ -13,6 +13,7 @@ from slimoe.offload.graph.attention import StepShape
 from slimoe.offload.graph.batch import Batch, fill_mask, fill_window_mask
 from slimoe.offload.graph.expert_lookup import ExpertLookup
 from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
+from slimoe.offload.graph.recurrent import StateViews
 from slimoe.offload.graph.step import build_step
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import ModelWeights
@@ -41,6 +42,7 @@ class _Prepared:
     states: dict[str, NDArray[Any]]
     logits: Logits
     hidden: Hidden
+    views: StateViews | None
     ranked: tuple[tuple[int, NDArray[np.int32]], ...]
 
 
@@ -104,8 +106,9 @@ class Runner:
             prepared.positions[:] = batch.positions
         if temperature := self.spec.attention.temperature:
             prepared.temperatures[:] = temperature.factors(batch.positions)
-        if recurrent := self.spec.recurrent:
-            for name, numbers in batch.state_inputs(recurrent.n_parts).items():
+        if prepared.states:
+            assert self.spec.recurrent is not None
+            for name, numbers in batch.state_inputs(self.spec.recurrent.n_parts).items():
                 if name in prepared.states:
                     prepared.states[name][:] = numbers
         if prepared.mask is not None:
@@ -116,6 +119,8 @@ class Runner:
             assert prepared.window_cells is not None
             prepared.window_cells[:] = batch.window_cells
             fill_window_mask(prepared.window_mask, batch, self.spec.n_window)
+        if prepared.views is not None:
+            prepared.views.move(batch)
         if is_cancelled is None:
             self.backend.compute(prepared.graph)
         else:
@@ -154,6 +159,7 @@ class Runner:
                 },
                 logits=_array(step.logits, np.float32, shape.n_out, self.spec.n_vocab),
                 hidden=_array(step.hidden, np.float32, n_tokens, self.spec.n_embd) if shape.has_hidden else _NONE,
+                views=step.views,
                 ranked=tuple((layer, rows[:, :n_used]) for layer, rows in ranked),
             )
 

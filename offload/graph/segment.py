@@ -15,6 +15,7 @@ from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.linear import add_scaled
+from slimoe.offload.graph.recurrent import StateViews
 from slimoe.offload.graph.router import Selection, add_choice, add_router, router_input
 from slimoe.offload.graph.step import BlockBuilder, new_graph
 from slimoe.offload.graph.weights import ModelWeights
@@ -41,12 +42,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SegmentGraph:
-    """A built graph; `logits` F32 [n_vocab, n_out] is 0 in every segment but the last, as is `hidden`."""
+    """A built graph; `logits` F32 [n_vocab, n_out] is 0 in every segment but the last, as is `hidden`.
+
+    The `views` must be moved before each run.
+    """
 
     ctx: int
     graph: int
     logits: int
     hidden: int
+    views: StateViews | None
 
 
 def cut_into_segments(
@@ -93,7 +98,8 @@ def build_segment(
         lengths = {"states_from": n_rows, "states_to": n_rows, "states_read": shape.n_runs}
         states = [int(ggml.ggml_view_1d(ctx, exchange.tensor(name), n, 0)) for name, n in lengths.items()]
     inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs)
+    views = StateViews() if shape.n_runs == 1 and exchange.is_host else None
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, views=views)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):
         hidden = blocks.add_attention(index, hidden)
@@ -101,12 +107,12 @@ def build_segment(
             hidden = blocks.add_feed_forward(index, hidden)
     if segment.end == "logits":
         normed = blocks.add_output_norm(hidden)
-        return SegmentGraph(ctx, graph, blocks.add_logits(normed), normed)
+        return SegmentGraph(ctx, graph, blocks.add_logits(normed), normed, views)
     if segment.end == "router":
         _add_selection(blocks, exchange, segment, hidden)
     else:
         _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, shape.n_tokens))
-    return SegmentGraph(ctx, graph, 0, 0)
+    return SegmentGraph(ctx, graph, 0, 0, views)
 
 
 def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) -> int:

@@ -25,7 +25,7 @@ from slimoe.offload.graph.expert_ffn import (
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, add_rms_norm, add_scaled, last_rows
-from slimoe.offload.graph.recurrent import RecurrentBuilder
+from slimoe.offload.graph.recurrent import RecurrentBuilder, StateViews
 from slimoe.offload.graph.router import Selection, add_router, aux_experts, router_input, select_experts
 from slimoe.offload.graph.weights import LayerWeights, ModelWeights
 from slimoe.offload.memory.kv_cache import KVTensors
@@ -40,7 +40,8 @@ class StepGraph:
     """A built graph: its ggml context (owned by whoever holds this), inputs, and F32 logits [n_vocab, n_out].
 
     `hidden` F32 [n_embd, n_tokens] are the hidden states that logits are made of, where they are wanted. `ranked` are
-    the layers whose experts stay to be looked at, each with them ranked, I32 [n_expert, n_rows].
+    the layers whose experts stay to be looked at, each with them ranked, I32 [n_expert, n_rows]. `views` must be moved
+    before each run.
     """
 
     ctx: int
@@ -48,19 +49,21 @@ class StepGraph:
     inputs: StepInputs
     logits: int
     hidden: int
+    views: StateViews | None
     ranked: tuple[tuple[int, int], ...] = ()
 
 
 def build_step(
     spec: ModelSpec, weights: ModelWeights, cache: KVTensors, shape: StepShape, lookup: ExpertLookup | None = None
 ) -> StepGraph:
-    """Builds the graph of one whole step; nothing is allocated for it yet.
+    """Builds the graph of one whole step in host memory; nothing is allocated for it yet.
 
     Experts of layers in `lookup`, which is for steps of one token, are not in the `weights`.
     """
     ctx, graph = new_graph(spec, spec.n_layer, is_looked_up=lookup is not None)
     has_window = {spec.window(layer) > 0 for layer in spec.attention_layers}
-    n_states = shape.n_runs * spec.recurrent.n_parts if spec.recurrent else 0
+    views = StateViews() if shape.n_runs == 1 else None
+    n_states = shape.n_runs * spec.recurrent.n_parts if spec.recurrent and views is None else 0
     reads_whole = spec.recurrent is not None and spec.recurrent.reads_whole
     masks = [
         int(ggml.ggml_new_tensor_2d(ctx, Type.F16, n_kv, shape.n_tokens)) if is_used in has_window else 0
@@ -84,14 +87,14 @@ def build_step(
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup, views)
     if lookup is not None:
         lookup.begin(ctx, graph)
     hidden = blocks.add_embeddings()
     for index in range(spec.n_layer):
         hidden = blocks.add_feed_forward(index, blocks.add_attention(index, hidden))
     normed = blocks.add_output_norm(hidden)
-    return StepGraph(ctx, graph, inputs, blocks.add_logits(normed), normed, tuple(ranked or ()))
+    return StepGraph(ctx, graph, inputs, blocks.add_logits(normed), normed, views, tuple(ranked or ()))
 
 
 def new_graph(spec: ModelSpec, n_layers: int, *, is_looked_up: bool = False) -> tuple[int, int]:
@@ -143,6 +146,7 @@ class BlockBuilder:
     ranked: list[tuple[int, int]] | None = None
     """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
     lookup: ExpertLookup | None = None
+    views: StateViews | None = None
 
     def add_embeddings(self) -> int:
         """The token rows of a step, [n_embd, n_tokens]."""
@@ -163,7 +167,8 @@ class BlockBuilder:
         assert self.cache is not None
         if layer.recurrent is not None:
             assert spec.recurrent is not None
-            recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, self.cache, self.shape, self.inputs)
+            shape, inputs = self.shape, self.inputs
+            recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, self.cache, shape, inputs, self.views)
             output = recurrent.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps))
             return self._added(layer, output, hidden, n_rows)
         builder = AttentionBuilder if layer.latent is None else LatentAttentionBuilder
