@@ -22,7 +22,7 @@ N_CTX = 4096
 
 @dataclass(frozen=True, slots=True)
 class DraftJob:
-    """A prompt and what the answer is held to, None for what the model says itself, greedily.
+    """A prompt and what the answer is held to, None for what the model says itself, at a `temperature`.
 
     Each of `n_answers` to the same prompt is `n_tokens` long at most; the first does not count.
     """
@@ -34,6 +34,7 @@ class DraftJob:
     n_tokens: int
     n_answers: int
     n_threads: int
+    temperature: float = 0.0
     ram: str | None = None
 
 
@@ -68,7 +69,7 @@ def carry_out(job: DraftJob) -> DraftOutcome:
         request = GenerationRequest(
             tuple(engine.tokenizer.encode(job.prompt)),
             job.n_tokens,
-            SamplingParams(temperature=0.0),
+            SamplingParams(temperature=job.temperature, seed=1),
             ignore_eos=job.answer is None,
             constraint=None if job.answer is None else Constraint("regex", re.escape(job.answer)),
         )

@@ -1,12 +1,15 @@
 """Answers with drafted tokens next to the same without: on text that repeats and on text that does not.
 
-Three texts. `edit`: the prompt is a file, and the answer is held, by a grammar, to the same file with some names
+Four texts. `edit`: the prompt is a file, and the answer is held, by a grammar, to the same file with some names
 changed, as when code is edited; so the model need not be able to. `new`: the answer is held to random letters, in which
-nothing is said twice. `own`: what the model says by itself, greedily, about the file. The file is a piece of Python.
+nothing is said twice. `own`: what the model says by itself, greedily, about the file. `drawn`: the same, but drawn at a
+high temperature, so that a random model repeats little. The file is a piece of Python. With vocabularies of far more
+than 100000 tokens no answer is held to so long a text: there `own` and `drawn` can be measured.
 
 Each runs alone in a process, --draft and none in turn, under the limits that --ratio names: 1.4 is a file so many times
-as large as the memory, 0 no limit. `draft_vs_none` is the time of a token without drafts over that with them, medians
-over rounds: above 1 drafting is faster. The table goes to stderr, the last line of stdout is one JSON document.
+as large as the memory, 0 no limit. `auto_vs_none`, or what --draft names in its place, is the time of a token without
+drafts over that with them, medians over rounds: above 1 drafting is faster. The table goes to stderr, the last line of
+stdout is one JSON document, with the cores that other programs took.
 
     python -m bench.drafts.gain --model design8
 """
@@ -45,10 +48,11 @@ IN_MEMORY = "memory"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt, and what the answer is held to, None for nothing."""
+    """A prompt, and what the answer is held to, None for nothing; it is greedy where the temperature is 0."""
 
     prompt: str
     answer: str | None
+    temperature: float = 0.0
 
 
 def texts(n_file: int = N_FILE) -> dict[str, Text]:
@@ -56,7 +60,8 @@ def texts(n_file: int = N_FILE) -> dict[str, Text]:
     file = inspect.getsource(answering).replace(" ", "_")[:n_file]
     edited = file.replace("answer", "reply").replace("job", "task")
     letters = "".join(random.Random(1).choices(string.ascii_letters + string.digits, k=n_file))
-    return {"edit": Text(file, edited), "new": Text(file, letters), "own": Text(file, None)}
+    held = {"edit": Text(file, edited), "new": Text(file, letters)}
+    return held | {"own": Text(file, None), "drawn": Text(file, None, 2.0)}
 
 
 def run(job: DraftJob, limit_bytes: int | None) -> DraftOutcome:
@@ -73,13 +78,13 @@ def run(job: DraftJob, limit_bytes: int | None) -> DraftOutcome:
     return DraftOutcome(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def figures(none: Sequence[DraftOutcome], drafted: Sequence[DraftOutcome]) -> dict[str, float | bool]:
-    """What rounds of both say."""
+def figures(draft: str, none: Sequence[DraftOutcome], drafted: Sequence[DraftOutcome]) -> dict[str, float | bool]:
+    """What rounds of both say, where `draft` is the mode of those with drafts."""
     mine, theirs = ([ms for one in runs for ms in one.token_ms] for runs in (drafted, none))
     return {
         "none_ms": statistics.median(theirs),
         "draft_ms": statistics.median(mine),
-        "draft_vs_none": statistics.median(theirs) / statistics.median(mine),
+        f"{draft}_vs_none": statistics.median(theirs) / statistics.median(mine),
         "tokens_per_step": sum(one.n_tokens for one in drafted) / sum(one.n_steps for one in drafted),
         "drafted_per_step": sum(one.n_drafted for one in drafted) / sum(one.n_steps for one in drafted),
         "accepted_share": sum(one.n_accepted for one in drafted) / max(1, sum(one.n_drafted for one in drafted)),
@@ -87,14 +92,14 @@ def figures(none: Sequence[DraftOutcome], drafted: Sequence[DraftOutcome]) -> di
     }
 
 
-def table(document: Mapping[str, Mapping[str, Mapping[str, float | bool]]]) -> Table:
-    """The figures for people."""
+def table(document: Mapping[str, Mapping[str, Mapping[str, float | bool]]], draft: str) -> Table:
+    """The figures for people, of a mode."""
     shown = Table(
         "memory",
         "text",
         "none, ms",
         "drafted, ms",
-        "draft_vs_none",
+        f"{draft}_vs_none",
         "tokens a step",
         "drafted a step",
         "accepted",
@@ -150,11 +155,13 @@ def main(
                             console.print(f"memory {limit}, text {name}, round {number + 1} of {rounds}: {mode}")
                             text, ram = chosen[name], None if n_bytes is None else f"{n_bytes}B"
                             lengths = tokens, answers, threads or default_threads()
-                            job = DraftJob(str(path), mode, text.prompt, text.answer, *lengths, ram)
+                            job = DraftJob(str(path), mode, text.prompt, text.answer, *lengths, text.temperature, ram)
                             runs[mode].append(run(job, n_bytes))
-                    document.setdefault(limit, {})[name] = figures(runs["none"], runs[draft])
-            console.print(table(document))
+                    document.setdefault(limit, {})[name] = figures(draft, runs["none"], runs[draft])
+            console.print(table(document, draft))
             loads = {"other_cores_before": load_before, "other_cores_during": load.cores()}
+            if not smoke and (note := machine.busy_note(loads["other_cores_during"])):
+                console.print(note)
     except (SlimoeError, NoControlGroupError) as error:
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)

@@ -47,6 +47,12 @@ class OtherLoad:
         return max(0.0, (others - self._others) / elapsed * psutil.cpu_count()) if elapsed > 0 else 0.0
 
 
+def busy_note(cores: float) -> str | None:
+    """The sentence that warns of figures beside which others used so many cores; None where these were few."""
+    problem = f"Other processes used {cores:.1f} cores: the figures may be off by several percent."
+    return problem if cores > QUIET_CORES else None
+
+
 def _cpu_seconds() -> tuple[float, float]:
     """Seconds since boot, summed over the cores: spent by others, and in all."""
     times = psutil.cpu_times()

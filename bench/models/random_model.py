@@ -29,6 +29,7 @@ from slimoe.converter.quant.mixes import fitting_type
 from slimoe.offload.errors import SlimoeError, UsageError
 from slimoe.offload.files.whole_file import whole_file
 from slimoe.offload.gguf.header import Value
+from slimoe.offload.model.mtp_block import with_mtp_layer
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensor_list import RECURRENT_FLOATS, ModelTensor, model_tensors
 
@@ -105,6 +106,8 @@ def random_tensors(spec: ModelSpec, types: WeightTypes, style: RoutingStyle) -> 
 
 def _is_absent(tensor: ModelTensor, spec: ModelSpec) -> bool:
     """Whether published models of the kind go without it: most optional vectors, and what is the same as another."""
+    if tensor.role.startswith("nextn."):
+        return tensor.is_optional  # They share the model's token table and output.
     if tensor.role == "output":
         return spec.architecture.name in TIED
     if tensor.role == "attn_v" and tensor.is_optional:  # Values are the keys in layers without a window.
@@ -258,6 +261,7 @@ def random_model_file(
 @click.option("--layers", type=click.IntRange(1), help="Number of layers.  [default: the shape's]")
 @click.option("--routing", type=click.Choice(list(STYLES)), default="uniform", show_default=True)
 @click.option("--vocabulary", is_flag=True, help="Add a made-up vocabulary, so that text goes in and out.")
+@click.option("--mtp", "has_block", is_flag=True, help="Add a block that predicts a further token, mostly a wrong one.")
 def main(
     shape: str,
     path: Path,
@@ -267,12 +271,16 @@ def main(
     layers: int | None,
     routing: str,
     vocabulary: bool,
+    has_block: bool,
 ) -> None:
     """Write a random model of SHAPE to PATH."""
     try:
+        spec = model_named(shape, layers)
+        if has_block and not spec.architecture.has_mtp:
+            raise UsageError(f"--mtp: nothing runs such a block of {shape}. Use qwen3next or qwen35moe.")
         n_bytes = write_random_model(
             path,
-            model_named(shape, layers),
+            with_mtp_layer(spec) if has_block else spec,
             seed=seed,
             kind=kind,
             output=output_type,
