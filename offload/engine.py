@@ -37,12 +37,13 @@ from slimoe.offload.plan.engine_plan import EnginePlan, plan_engine
 from slimoe.offload.plan.machine import Machine
 from slimoe.offload.plan.replan import replan
 from slimoe.offload.printable import say
-from slimoe.offload.requests.drafting import Drafting, StepTimes, draft_mode
+from slimoe.offload.requests.drafting import Drafting, draft_mode
 from slimoe.offload.requests.mtp_drafts import MtpDrafts
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
 from slimoe.offload.requests.slots import Slots
 from slimoe.offload.requests.snapshot import Rebudgeted, Snapshot
+from slimoe.offload.requests.step_times import StepTimes
 from slimoe.offload.resources.memory import HostMemory, give_back_freed
 from slimoe.offload.text.generation import Event, ExchangeNow, Failed, GenerationRequest, Outcome
 from slimoe.offload.text.grammars import Grammars

@@ -15,6 +15,8 @@ from slimoe.offload.model.tensor_list import check_shapes, layer_tensors, with_l
 from slimoe.offload.model.tensors import LinearSource, ModelSources, WeightSource
 from slimoe.offload.model.weight_reader import read_block
 
+MOST_WAITING = 256
+"""Tokens of an answer whose hidden states wait, while the block rests, until it reads all of them at once."""
 _TABLE, _OUTPUT, _OUTPUT_NORM = "nextn.embed_tokens", "nextn.shared_head_head", "nextn.shared_head_norm"
 
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.graph.token_rows import row_bytes
 from slimoe.offload.memory.kv_cache import KVSize, kv_bytes
-from slimoe.offload.model.mtp_block import MtpBlock, mtp_block
+from slimoe.offload.model.mtp_block import MOST_WAITING, MtpBlock, mtp_block
 from slimoe.offload.model.regrouped import join_layers
 from slimoe.offload.model.spec import ModelSpec
 from slimoe.offload.model.tensors import ModelSources
@@ -126,18 +126,18 @@ def draft_note(config: EngineConfig, block: MtpBlock | None, why: str = "") -> s
     return None if problem is None else f"No tokens are drafted (--draft {config.draft}): {problem}."
 
 
-def block_bytes(block: MtpBlock, kv: KVSize, n_batch: int, n_parallel: int) -> int:
-    """Bytes where a block is computed: weights with all its experts, keys and values, intermediate results."""
+def block_bytes(block: MtpBlock, kv: KVSize, n_batch: int, n_parallel: int) -> tuple[int, int]:
+    """Bytes of host memory that a block takes wherever it is computed, and those that it takes where that is.
+
+    The ones are rows of its token table, and hidden states; the others weights with all its experts, keys and values,
+    and intermediate results.
+    """
+    rows = 4 * (n_batch * _ROWS_OF_HOST + n_parallel * MOST_WAITING) * block.spec.n_embd
     stored = 4 * n_batch * _ROWS_OF_STORING * block.spec.n_embd
     weights = sum(source.n_bytes for source in block.weights)
     cache = kv_bytes(block.spec, kv.n_cells, kv.kind, {block.index})
-    return weights + cache + stored + compute_bytes(block.spec, kv.n_cells, n_parallel)
-
-
-def host_bytes(block: MtpBlock, n_batch: int) -> int:
-    """Bytes of host memory that a block takes wherever it is computed: rows of its token table, and hidden states."""
-    rows = 4 * n_batch * _ROWS_OF_HOST * block.spec.n_embd
-    return rows + row_bytes(block.sources.token_embd, n_batch)
+    of_block = weights + cache + stored + compute_bytes(block.spec, kv.n_cells, n_parallel)
+    return rows + row_bytes(block.sources.token_embd, n_batch), of_block
 
 
 def _lacking(block: MtpBlock, plan: Planned) -> str:

@@ -26,7 +26,7 @@ from slimoe.offload.plan.batch_sizes import batch_sizes, request_reads, tiered_b
 from slimoe.offload.plan.budget import decide_budget
 from slimoe.offload.plan.context_notes import check_context, check_settings, context_notes, divisor_notes
 from slimoe.offload.plan.device_plan import Budgeted, DeviceNeeds, DevicePlan, plan_devices, plan_those_that_fit
-from slimoe.offload.plan.drafts import block_bytes, host_bytes, wanted_block, with_or_without
+from slimoe.offload.plan.drafts import block_bytes, wanted_block, with_or_without
 from slimoe.offload.plan.engine_config import EngineConfig as EngineConfig
 from slimoe.offload.plan.machine import PROBE_ABOVE_BYTES, Machine, this_machine, with_kernels
 from slimoe.offload.plan.program_memory import most_logit_rows, program_bytes, prompt_bytes, request_bytes
@@ -194,7 +194,7 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     n_batch = max(context.n_parallel, min(context.n_batch, n_cells))
     kv = kv_size(spec, kv_type(context.kv_type), n_cells, n_batch, context.n_parallel)
     budget = decide_budget(memory.ram, config.devices.vram, machine.devices, machine.memory, memory.held_bytes)
-    on_host, of_block = (host_bytes(mtp, n_batch), block_bytes(mtp, kv, n_batch, context.n_parallel)) if mtp else (0, 0)
+    on_host, of_block = block_bytes(mtp, kv, n_batch, context.n_parallel) if mtp else (0, 0)
     own = model.program + memory.reserve_bytes + prompt_bytes(config.prompts, spec, kv.kind) + on_host
     # Kernels that every budget can have let all budgets give the same tokens.
     has_second = not (config.is_budgeted or machine.is_rebudgeted)

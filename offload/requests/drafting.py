@@ -4,12 +4,11 @@ A step of more tokens takes longer: it computes more, and meets more experts, wh
 verified where the tokens that are expected of such a step, over its time, are more than those of a step without.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
 from slimoe.offload.errors import UsageError
+from slimoe.offload.requests.step_times import StepTimes
 from slimoe.offload.requests.text_drafts import NO_DRAFT, Draft
 
 DraftMode = Literal["none", "ngram", "mtp", "auto"]
@@ -22,103 +21,25 @@ _LIKELY = 0.5
 _BEGIN_GAIN, _KEEP_GAIN = 1.1, 1.05
 """By how much more tokens in a second `auto` begins, and goes on: times and chances are estimates, and the largest of
 several is rather too large."""
-_ASSUMED_SHARE = 0.1
-"""The time of another token in a step, over that of a step of one token, where nothing is known."""
-_FADING, _MOST_OF_MEAN = 1 / 32, 2.0
-"""The weight of the latest step in the time of its size, and by how many times of that a step counts at most: when the
-system is busy with something else, single steps take many times as long."""
-_FIRST_VALID, _MOST_VALID = 32, 2048
-"""Steps after which a time that was not measured again no longer holds, so that its size is tried again: at first,
-twice as many each time that it is measured, and at most."""
-_COLD_STEPS = 8
-"""Nothing is tried in the first steps, which are slow: what they need was never read."""
-_FEW_SEEN = 3
-"""Of so few steps the fastest counts: what disturbs a step makes it slower."""
-_FLATTENING = 0.4
-"""Twice as many tokens take longer by a share, which for the next doubling is thought to be this much of it: the more
-tokens, the fewer experts that none of the others has selected. Where it is more, two steps find out."""
+_SHARE, _LOOKING_SHARE = 1 / 400, 1 / 800
+"""Of the time that answers take, what `auto` spends at most on finding out what steps with drafts take, and on looking
+for drafts of which none is verified."""
+_MOST_SAVED, _MOST_WON, _MOST_OWED = 4.0, 64.0, 8.0
+"""How many steps' time of that is saved up, or kept of what drafts have won, and how much more may be lost where it was
+measured that drafts pay."""
+_LONGEST_REST = 16
+"""Drafts are looked for once in so many steps at least."""
 MOST_PREDICTED = 3
 """Each token that a model's own block drafts takes a run of it, and the further it looks ahead the more often it is
 wrong."""
-_ASSUMED_RATE, _FORGETTING = 0.7, 1 / 2048
-_GROWTH = 2
-"""Without a prediction steps are tried that are at most so many times as large as one that was measured."""
-
-
-@dataclass(slots=True)
-class _Measured:
-    """Mean seconds of steps of one size, how many there were, and the number of the step up to which that holds."""
-
-    seconds: float
-    n_seen: int
-    until: int
-
-
-class StepTimes:
-    """What steps of some number of tokens take; of sizes that were not measured it is estimated from those that were.
-
-    `expected` gives the milliseconds that a step of so many tokens is predicted to take, None where nothing is known.
-    """
-
-    def __init__(self, expected: Callable[[int], float | None] = lambda n_tokens: None) -> None:
-        self._expected = expected
-        self._measured: dict[int, _Measured] = {}
-        self._n_kv: dict[int, int] = {}
-        self._skipped: set[int] = set()
-        self._n_steps = 0
-
-    def note(self, n_tokens: int, n_kv: int, seconds: float) -> None:
-        """A step of so many tokens, which looked at `n_kv` cells, has taken so long.
-
-        The first with another `n_kv` builds a graph and does not count.
-        """
-        self._n_steps += 1
-        is_new = self._n_kv.get(n_tokens) != n_kv
-        self._n_kv[n_tokens] = n_kv
-        if is_new and n_tokens not in self._skipped:
-            self._skipped.add(n_tokens)
-            return
-        self._skipped.discard(n_tokens)
-        known = self._measured.setdefault(n_tokens, _Measured(seconds, 0, 0))
-        known.n_seen += 1
-        known.until = self._n_steps + min(_MOST_VALID, _FIRST_VALID << min(16, known.n_seen))
-        if known.n_seen <= _FEW_SEEN:
-            known.seconds = min(seconds, known.seconds)
-        else:
-            seconds = min(seconds, _MOST_OF_MEAN * known.seconds)
-            known.seconds += max(_FADING, 1 / known.n_seen) * (seconds - known.seconds)
-
-    def seconds(self, n_tokens: int) -> float | None:
-        """Seconds of a step of so many tokens; None where nobody knows.
-
-        Beyond what was measured it is thought to be as small as it can well be: what is tried is measured.
-        """
-        if self._n_steps <= _COLD_STEPS:
-            return None
-        known = self._measured.get(n_tokens)
-        if known is not None and self._n_steps <= known.until:
-            return known.seconds
-        smaller = [size for size in self._measured if size < n_tokens]
-        nearest = max(smaller, default=0)
-        as_planned, there = self._expected(n_tokens), self._expected(nearest)
-        if not nearest or (nearest * _GROWTH < n_tokens and not (as_planned and there)):
-            return None
-        seconds = self._measured[nearest].seconds
-        before = max((size for size in smaller if size < nearest), default=0)
-        ratio = as_planned / there if as_planned and there else math.inf
-        if before:
-            rise = (seconds / self._measured[before].seconds) ** (1 / math.log2(nearest / before)) - 1
-            ratio = min(ratio, (1 + _FLATTENING * max(0.0, rise)) ** math.log2(n_tokens / nearest))
-        elif math.isinf(ratio):
-            ratio = (1 + _ASSUMED_SHARE * (n_tokens - 1)) / (1 + _ASSUMED_SHARE * (nearest - 1))
-        return seconds * ratio
-
-    def forget(self) -> None:
-        """Forgets everything: the engine has changed."""
-        self._measured.clear()
-        self._n_kv.clear()
-        self._skipped.clear()
-        self._n_steps = 0
+_ASSUMED_RATE, _ASSUMED_WEIGHT, _FADING, _FORGETTING = 0.7, 4, 1 / 32, 1 / 2048
+"""How often a block is thought to be right before it was tried, for how many tokens that stands, the weight of the
+latest one, and that of what is assumed for each step in which nothing is predicted."""
+_HARDLY_EVER, _TRIED_AGAIN = 0.2, 512
+"""With `mtp` a block that is right so rarely drafts only in every so-many-th step."""
+_MOST_OF_MEAN, _FEW_TIMED = 2.0, 3
+"""By how many times of its mean a time counts at most, once so many are known: when the system is busy with something
+else, single ones are many times as long."""
 
 
 def draft_mode(name: str) -> DraftMode:
@@ -132,14 +53,15 @@ def draft_mode(name: str) -> DraftMode:
 class Drafting:
     """What drafts are for: `none` verifies none, `ngram` those that are likely, `auto` those that save time.
 
-    They are drafted from the text; with `mtp` the model's own block drafts them, and all are verified. `auto` has the
-    block draft, where there is one, when the text gives nothing, and that saves time.
-    What `auto` does depends on the time that steps take; `ngram` does the same for the same text.
+    They are drafted from the text; with `mtp` the model's own block drafts them, and all are verified, as long as it is
+    right now and then. `auto` has the block draft, where there is one, when the text gives nothing, and that saves
+    time. What `auto` does depends on the time that steps take; `ngram` and `mtp` do the same for the same text.
     """
 
     def __init__(self, mode: DraftMode = "none", times: StepTimes | None = None) -> None:
         self.mode, self.times = mode, times or StepTimes()
         self._is_on = self._is_predicting = False
+        self._allowance, self._rest, self._predicting_seconds = Allowance(), 0.0, 0.0
         self.block = BlockFigures()
         self.n_accepted = 0
         """Drafted tokens that became part of answers."""
@@ -149,12 +71,39 @@ class Drafting:
         """Whether drafts are asked for at all."""
         return self.mode != "none"
 
+    @property
+    def is_due(self) -> bool:
+        """Whether drafts are wanted now: `auto` does not look for any shortly after it has found none worth it."""
+        return self._rest <= 0 if self.mode == "auto" else self.mode != "none"
+
+    def looked(self, seconds: float, *, is_found: bool) -> None:
+        """To look for drafts has taken so long, and some were worth it or none."""
+        self._rest = 0.0 if is_found else seconds / _LOOKING_SHARE
+
+    def settle(self, n_writing: int, n_gained: int, seconds: float, *, is_plain: bool) -> None:
+        """A step has added so many tokens to answers in so long; it `is_plain` without drafts and what follows them."""
+        self._rest = min(self._rest - seconds, _LONGEST_REST * seconds)
+        is_plain = is_plain and not self._predicting_seconds
+        seconds, self._predicting_seconds = seconds + self._predicting_seconds, 0.0
+        if is_plain:
+            self._allowance.save()
+        elif (alone := self.times.seconds(n_writing)) is not None:
+            self._allowance.lose(seconds / alone - n_gained / n_writing)
+
+    def predicted(self, n_drafted: int, seconds: float) -> None:
+        """The model's own block has drafted so many tokens in so long."""
+        self.block.note_time(n_drafted, seconds)
+        self._predicting_seconds += seconds
+
     def n_predicted(self, n_writing: int, n_again: int | None) -> int:
         """How many tokens behind each answer the model's own block shall draft for a step; 0 where that is no gain."""
+        if self.mode == "mtp":
+            return MOST_PREDICTED if self.block.is_due() else 0
         chances = [self.block.rate**depth for depth in range(1, MOST_PREDICTED + 1)]
         plain = self._plain_seconds(n_writing, n_again)
         best, most = 0, _KEEP_GAIN if self._is_predicting else _BEGIN_GAIN
-        for n in range(1, MOST_PREDICTED + 1) if plain is not None else ():
+        counts = [n for n in range(1, MOST_PREDICTED + 1) if self._may_take(n_writing * (n + 1) + (n_again or 0))]
+        for n in counts if plain is not None else ():
             gain = self._gain(n_writing, n_again, chances[:n] * n_writing, n * n_writing * self.block.seconds)
             if gain > most:
                 best, most = n, gain
@@ -204,11 +153,16 @@ class Drafting:
         if self.mode == "ngram":
             return max((size for size in sizes if chances[size - n_plain - 1] >= _LIKELY), default=n_plain)
         best = n_plain
-        for size in sizes:
+        # What was predicted was allowed before.
+        for size in sizes if most == 1 else filter(self._may_take, sizes):
             gain = self._gain(n_writing, n_again, chances[: size - n_plain])
             if gain > most:
                 best, most = size, gain
         return best
+
+    def _may_take(self, n_tokens: int) -> bool:
+        """Whether there is time left to lose by a step of so many tokens."""
+        return self._allowance.may_lose(is_measured=self.times.is_measured(n_tokens))
 
     def _plain_seconds(self, n_writing: int, n_again: int | None) -> float | None:
         """Seconds of the step without drafts; None where nobody knows."""
@@ -227,6 +181,25 @@ class Drafting:
         return (n_writing + sum(chances)) * alone / (n_writing * (taken + drafting_seconds))
 
 
+class Allowance:
+    """What steps with drafts may lose, in steps without: a small share of these, and what was won by drafts before."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_SAVED
+
+    def may_lose(self, *, is_measured: bool) -> bool:
+        """Whether a step with drafts may be taken, whose time was measured, or is to be found out."""
+        return self._left > (-_MOST_OWED if is_measured else 0.0)
+
+    def save(self) -> None:
+        """A step was taken without drafts."""
+        self._left = max(self._left, min(_MOST_SAVED, self._left + _SHARE))
+
+    def lose(self, n_steps: float) -> None:
+        """A step with drafts took so many steps longer than its tokens would have without; fewer than 0 are won."""
+        self._left = min(_MOST_WON, self._left - min(n_steps, _MOST_OWED))
+
+
 class BlockFigures:
     """What `auto` knows of the block that drafts tokens: how often one is right if those before are, and its time.
 
@@ -235,20 +208,26 @@ class BlockFigures:
 
     def __init__(self) -> None:
         self.rate, self.seconds = _ASSUMED_RATE, 0.0
-        self._n_timed = 0
+        self._n_timed = self._n_judged = self._n_idle = 0
 
     def note_time(self, n_drafted: int, seconds: float) -> None:
         """So many tokens were drafted in so long; the first time builds graphs and does not count."""
         self._n_timed += 1
         if self._n_timed > 1 and n_drafted:
             each = seconds / n_drafted
-            known = min(each, _MOST_OF_MEAN * self.seconds) if self._n_timed > _FEW_SEEN else each
+            known = min(each, _MOST_OF_MEAN * self.seconds) if self._n_timed > _FEW_TIMED else each
             self.seconds += max(_FADING, 1 / (self._n_timed - 1)) * (known - self.seconds)
 
     def note_right(self, n_drafted: int, n_right: int) -> None:
         """Of so many drafted tokens so many were right."""
         for is_right in [True] * n_right + [False] * (n_right < n_drafted):
-            self.rate += _FADING * (is_right - self.rate)
+            self._n_judged += 1
+            self.rate += max(_FADING, 1 / (_ASSUMED_WEIGHT + self._n_judged)) * (is_right - self.rate)
+
+    def is_due(self) -> bool:
+        """Whether the block shall draft for the next step whatever that takes: seldom where it is hardly ever right."""
+        self._n_idle = (self._n_idle + 1) % _TRIED_AGAIN if self.rate < _HARDLY_EVER else 0
+        return not self._n_idle
 
     def rest(self) -> None:
         """Nothing was drafted: what was found holds less and less."""

@@ -1,20 +1,23 @@
 """Drafts the next tokens of answers with the block that predicts a further token (MTP), one after the other.
 
 The block reads a token and the hidden states that the model had before it, and predicts what follows; what it predicts
-it reads again, with hidden states of its own. Its keys and values of what the model has read are stored step by step.
-Where these are missing, as of a text whose own were read from disk, drafts are worse; answers never depend on them.
+it reads again, with hidden states of its own. Its keys and values of a prompt are stored part by part; those of an
+answer wait until something is drafted, or until they are many: so a block at rest takes little time. Where some are
+missing, as of a text whose own were read from disk, drafts are worse; answers never depend on them.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slimoe.offload.errors import SlimoeError
 from slimoe.offload.graph.batch import Batch, make_batch
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.memory.cells import Cells
+from slimoe.offload.model.mtp_block import MOST_WAITING
 from slimoe.offload.requests.drafting import MOST_PREDICTED
 from slimoe.offload.requests.request import Generator
 from slimoe.offload.requests.text_drafts import NO_DRAFT, Acceptance, Draft
@@ -37,6 +40,24 @@ class Block(Protocol):
         """The same, and what follows on the last tokens: logits [n_out, n_vocab], hidden states [n_out, n_embd]."""
 
 
+class _Waiting(NamedTuple):
+    """Tokens of an answer that the block has not read, from the place `begin` on, and the hidden states before each."""
+
+    begin: int
+    tokens: NDArray[np.int32]
+    before: Hidden
+
+    @property
+    def end(self) -> int:
+        """The place behind them."""
+        return self.begin + len(self.tokens)
+
+    def up_to(self, end: int) -> "_Waiting":
+        """Those before the place `end`."""
+        n = end - self.begin
+        return _Waiting(self.begin, self.tokens[:n], self.before[:n])
+
+
 @dataclass(slots=True)
 class _Text:
     """What is known of one answer: hidden states before each token that is read next, and of those read last.
@@ -49,6 +70,7 @@ class _Text:
     rows: Hidden
     n_read: int = 0
     probabilities: list[float] = field(default_factory=list)
+    waiting: list[_Waiting] = field(default_factory=list)
     acceptance: Acceptance = field(default_factory=lambda: Acceptance(_CLASSES))
 
 
@@ -67,24 +89,37 @@ class MtpDrafts:
         """Whether there is a block now."""
         return self._block() is not None
 
-    def computed(self, batch: Batch, jobs: Sequence[Generator]) -> None:
-        """Takes in what a step has computed for requests, whose runs the batch has."""
+    def computed(self, batch: Batch, jobs: Sequence[Generator], n_batch: int) -> None:
+        """Takes in what a step has computed for requests, whose runs the batch has.
+
+        The block reads at most `n_batch` tokens at once.
+        """
         block = self._block()
         if block is None:
             self._texts.clear()
             return
-        hidden = self._hidden()
-        before, row = np.empty_like(hidden), 0
+        hidden, row = self._hidden(), 0
+        read = list[tuple[NDArray[np.int32], NDArray[np.int64], Hidden]]()
         for job, run in zip(jobs, batch.runs, strict=True):
             nothing = np.zeros((1, hidden.shape[1]), np.float32)
             text = self._texts.setdefault(job, _Text(nothing, nothing))
             rows = hidden[row : row + run.n_tokens]
-            is_known = text.n_read == len(run.visible) - run.n_tokens
-            before[row], before[row + 1 : row + run.n_tokens] = text.before[0] if is_known else 0, rows[:-1]
+            begin, tokens = len(run.visible) - run.n_tokens, batch.tokens[row : row + run.n_tokens]
+            before = np.concatenate([text.before[:1] if text.n_read == begin else nothing, rows[:-1]])
             text.rows = rows[-_MOST_ROWS:].copy()
             row += run.n_tokens
+            if not job.is_reading:
+                text.waiting.append(_Waiting(begin, tokens, before))
+            else:
+                read.append((tokens, run.visible, before))
         try:
-            block.store(batch, before)
+            for job in jobs:
+                waiting = self._texts[job].waiting
+                if waiting and waiting[-1].end - waiting[0].begin >= MOST_WAITING:
+                    self._store_waiting(block, job, n_batch)
+            if read:
+                parts = [(tokens.tolist(), visible) for tokens, visible, _ in read]
+                block.store(make_batch(parts, 1), np.concatenate([before for *_, before in read]))
         except SlimoeError:
             # Such as a token table that cannot be read: what answers need of it fails by itself.
             self._texts.clear()
@@ -106,24 +141,33 @@ class MtpDrafts:
                 break
         text.before = np.concatenate([text.before[:1], text.rows])[n_kept - job.n_again : n_kept + 1]
         text.n_read = len(job.tokens)
+        while text.waiting and text.waiting[-1].end > text.n_read:
+            last = text.waiting.pop()
+            if last.begin < text.n_read:
+                text.waiting.append(last.up_to(text.n_read))
         return len(probabilities)
 
     def forget(self, job: Generator) -> None:
         """Forgets a request that is over."""
         self._texts.pop(job, None)
 
-    def propose(self, jobs: Sequence[Generator], most: Sequence[int]) -> list[Draft]:
-        """Drafts of at most so many tokens for requests that write, and what they are likely to be worth."""
+    def propose(self, jobs: Sequence[Generator], most: Sequence[int], n_batch: int) -> list[Draft]:
+        """Drafts of at most so many tokens for requests that write, and what they are likely to be worth.
+
+        The block reads at most `n_batch` tokens at once.
+        """
         try:
-            return self._propose(jobs, most)
+            return self._propose(jobs, most, n_batch)
         except SlimoeError:
             return [NO_DRAFT] * len(jobs)
 
-    def _propose(self, jobs: Sequence[Generator], most: Sequence[int]) -> list[Draft]:
+    def _propose(self, jobs: Sequence[Generator], most: Sequence[int], n_batch: int) -> list[Draft]:
         block = self._block()
         drafting = [job for job, n_most in zip(jobs, most, strict=True) if n_most > 0 and job in self._texts]
         if block is None or not drafting:
             return [NO_DRAFT] * len(jobs)
+        for job in drafting:
+            self._store_waiting(block, job, n_batch)
         limits = {job: min(MOST_PREDICTED, n_most) for job, n_most in zip(jobs, most, strict=True)}
         tokens = {job: job.next_tokens(1) for job in drafting}
         hidden = {job: self._texts[job].before for job in drafting}
@@ -148,6 +192,19 @@ class MtpDrafts:
                 if len(drafts[job].tokens) == limits[job] or drafts[job].chances[-1] < _LIKELY:
                     drafting.remove(job)
         return [drafts[job] for job in jobs]
+
+    def _store_waiting(self, block: Block, job: Generator, n_batch: int) -> None:
+        """Stores the keys and values of what the block has not read of an answer."""
+        text = self._texts[job]
+        if not text.waiting or job.sequence is None:
+            return
+        tokens = np.concatenate([one.tokens for one in text.waiting])
+        before = np.concatenate([one.before for one in text.waiting])
+        first, text.waiting = text.waiting[0].begin, []
+        for begin in range(0, len(tokens), n_batch):
+            part = tokens[begin : begin + n_batch].tolist()
+            batch = make_batch([(part, job.sequence.cells[: first + begin + len(part)])], 1)
+            block.store(batch, before[begin : begin + n_batch])
 
     def _longer(self, job: Generator, draft: Draft, logits: Logits) -> Draft:
         """The draft with the likeliest token behind it."""

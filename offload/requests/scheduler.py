@@ -149,7 +149,7 @@ class Scheduler:
             parts = _equally_long(parts)
         if reading is None:
             # Nobody is left where the last answer was cancelled just now.
-            may_draft = bool(parts) and self._drafting.is_wanted and (len(writing) == 1 or not self._cells.has_states)
+            may_draft = bool(parts) and self._drafting.is_due and (len(writing) == 1 or not self._cells.has_states)
             return self._with_drafts(parts) if may_draft else parts
         if self._cells.has_states:
             self._has_decoded = bool(writing) and not self._has_decoded
@@ -175,15 +175,19 @@ class Scheduler:
         """The same with the drafts that are worth being verified in this step."""
         n_room = self._n_batch - sum(len(part.tokens) for part in parts)
         n_again = parts[0].job.n_again if self._cells.has_states else None
+        n_each = n_room // len(parts)
         if self._drafting.mode == "mtp":
-            chosen = self._predicted(parts, n_room // len(parts))
+            chosen = self._predicted(parts, min(n_each, self._drafting.n_predicted(len(parts), n_again)))
         else:
-            n_most = max(0, min(MOST_DRAFTED, n_room))
-            drafts = [part.job.draft(n_most) for part in parts]
+            begin, n_predicted = time.perf_counter(), 0
+            drafts = [part.job.draft(max(0, min(MOST_DRAFTED, n_room))) for part in parts]
             chosen = self._drafting.choose(drafts, self._n_batch, n_again)
-            if self._mtp is not None and self._mtp.is_ready and not any(draft.tokens for draft in chosen):
-                n_most = min(n_room // len(parts), self._drafting.n_predicted(len(parts), n_again))
-                drafts = self._predicted(parts, n_most)
+            is_found = any(draft.tokens for draft in chosen)
+            if self._mtp is not None and self._mtp.is_ready and not is_found:
+                n_predicted = min(n_each, self._drafting.n_predicted(len(parts), n_again))
+            self._drafting.looked(time.perf_counter() - begin, is_found=is_found or n_predicted > 0)
+            if n_predicted:
+                drafts = self._predicted(parts, n_predicted)
                 chosen = self._drafting.choose(drafts, self._n_batch, n_again, is_predicted=True)
         return [
             part._replace(tokens=part.tokens + draft.tokens, n_drafted=len(draft.tokens))
@@ -199,8 +203,8 @@ class Scheduler:
             # Else one wrong draft after the other would let each step read all of those before again.
             n_most = min(n_most, _MOST_READ - len(parts[0].tokens))
         begin = time.perf_counter()
-        drafts = self._mtp.propose(jobs, [min(n_most, job.n_draftable) for job in jobs])
-        self._drafting.block.note_time(sum(len(draft.tokens) for draft in drafts), time.perf_counter() - begin)
+        drafts = self._mtp.propose(jobs, [min(n_most, job.n_draftable) for job in jobs], self._n_batch)
+        self._drafting.predicted(sum(len(draft.tokens) for draft in drafts), time.perf_counter() - begin)
         return drafts
 
     def _load(self, reading: Generator, *, is_alone: bool) -> bool:
@@ -246,17 +250,20 @@ class Scheduler:
             return [outcome for part in parts for outcome in self._read([part.without_draft()])]
         except Exception as error:
             return [self._fail(part.job, error) for part in parts]
-        if is_timed:
-            self._drafting.times.note(batch.n_tokens, batch.n_kv, time.perf_counter() - begin)
-        elif self._prompts is not None:
-            self._prompts.computed(batch.n_tokens, time.perf_counter() - begin)
+        seconds, n_accepted = time.perf_counter() - begin, self._drafting.n_accepted
+        if not is_timed and self._prompts is not None:
+            self._prompts.computed(batch.n_tokens, seconds)
         if self._mtp is not None:
-            self._mtp.computed(batch, [part.job for part in parts])
+            self._mtp.computed(batch, [part.job for part in parts], self._n_batch)
         outcomes = []
         row = len(logits) - sum(n_rows)
         for part, n in zip(parts, n_rows, strict=True):
             outcomes += self._take(part, logits[row : row + n])
             row += n
+        if is_timed and self._drafting.is_wanted:
+            n_gained, is_plain = len(parts) + self._drafting.n_accepted - n_accepted, batch.n_tokens == len(parts)
+            self._drafting.settle(len(parts), n_gained, seconds, is_plain=is_plain)
+            self._drafting.times.note(batch.n_tokens, batch.n_kv, seconds)
         return outcomes
 
     def _take(self, part: _Part, logits: Logits) -> list[Outcome]:

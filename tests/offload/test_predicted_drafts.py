@@ -78,9 +78,11 @@ def test_what_the_block_predicts_is_accepted(right: Path, kind: str) -> None:
 
 
 def test_what_is_wrong_changes_nothing(wrong: Path, kind: str) -> None:
-    with closing(open_engine(kind, wrong, "none")) as plain, closing(open_engine(kind, wrong, "mtp")) as drafting:
+    with closing(open_engine(kind, wrong, "none")) as plain:
         for asked in REQUESTS.values():
-            (wanted,), (drafted,) = (answers(engine, asked) for engine in (plain, drafting))
+            # One that has learnt how often the block is right hardly drafts any more.
+            with closing(open_engine(kind, wrong, "mtp")) as drafting:
+                (wanted,), (drafted,) = (answers(engine, asked) for engine in (plain, drafting))
             assert_same(drafted, wanted)
             assert drafted.finished.timings.draft_n > 0
 

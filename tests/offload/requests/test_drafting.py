@@ -12,9 +12,10 @@ from slimoe.offload.errors import BadLogitsError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.runner import Logits
 from slimoe.offload.memory.cells import Cells
-from slimoe.offload.requests.drafting import MOST_DRAFTED, STEP_SIZES, Drafting, DraftMode, StepTimes
+from slimoe.offload.requests.drafting import MOST_DRAFTED, MOST_PREDICTED, STEP_SIZES, Drafting, DraftMode
 from slimoe.offload.requests.request import Generator, ModelFacts
 from slimoe.offload.requests.scheduler import Scheduler
+from slimoe.offload.requests.step_times import StepTimes
 from slimoe.offload.requests.text_drafts import Draft, TextDrafts
 from slimoe.offload.text.generation import Failed, Finished, GenerationRequest, SamplingParams, TokenStep
 from tests.models.history_model import N_VOCAB, HistoryModel, answer_to, next_token, repeating_token
@@ -265,6 +266,9 @@ def test_a_text_teaches_how_often_its_drafts_are_right() -> None:
 
 # --- what auto chooses --------------------------------------------------------------------------------------
 
+ON_DISK = {1: 1.0, 2: 1.98, 4: 2.83, 8: 4.18, 16: 5.92}
+IN_MEMORY = {n: float(n) for n in (1, *STEP_SIZES)}
+
 
 def times(by_size: dict[int, float], expected: Callable[[int], float | None] = lambda n: None) -> StepTimes:
     measured = StepTimes(expected)
@@ -327,7 +331,7 @@ def test_auto_believes_the_plan_until_it_has_measured() -> None:
 
 def test_larger_steps_are_tried_as_long_as_they_may_pay() -> None:
     """As on a disk: two tokens have hardly an expert in common, sixteen have nearly all."""
-    taken, drafting, tried = {1: 1.0, 2: 1.98, 4: 2.83, 8: 4.18, 16: 5.92}, Drafting("auto"), list[int]()
+    taken, drafting, tried = ON_DISK, Drafting("auto"), list[int]()
     assert draft(0.9).chances[0] * 1.0 + 1 < taken[2], "two tokens do not pay by themselves"
     for _ in range(40):
         size = 1 + sizes(drafting, draft(0.9))[0]
@@ -412,6 +416,71 @@ def test_of_what_the_block_has_drafted_any_number_is_verified() -> None:
     chosen = drafting.choose([draft(0.8, 2)], 512, is_predicted=True)
     assert [len(one.tokens) for one in chosen] == [2]
     assert sizes(drafting, draft(0.8, 2)) == [1], "others in few sizes of steps"
+
+
+def speed_of_auto(taken: dict[int, float], chance: float, n_tokens: int) -> float:
+    """How many times as fast so many tokens come, where each drafted one is right with this chance."""
+    drafting, draw, seconds, n_done = Drafting("auto"), random.Random(3), 0.0, 0
+    while n_done < n_tokens:
+        n_drafted = sizes(drafting, draft(chance))[0]
+        n_gained = 1 + next((n for n in range(n_drafted) if draw.random() >= chance), n_drafted)
+        drafting.settle(1, n_gained, taken[1 + n_drafted], is_plain=not n_drafted)
+        drafting.times.note(1 + n_drafted, 256, taken[1 + n_drafted])
+        seconds, n_done = seconds + taken[1 + n_drafted], n_done + n_gained
+    return n_done * taken[1] / seconds
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.5, 0.7, 0.9, 0.99])
+def test_what_auto_tries_in_vain_costs_little(chance: float) -> None:
+    assert speed_of_auto(IN_MEMORY, chance, 300) > 0.97
+    assert speed_of_auto(IN_MEMORY, chance, 20000) > 0.995
+
+
+def test_auto_is_faster_where_tokens_share_experts_that_are_read() -> None:
+    assert speed_of_auto(ON_DISK, 0.9, 300) > 1.3
+    assert speed_of_auto(ON_DISK, 0.98, 2000) > 2
+    assert speed_of_auto(ON_DISK, 0.3, 2000) > 0.99
+
+
+def test_drafts_that_never_pay_are_given_up_however_likely_they_seem() -> None:
+    """As where what they need is read from a disk that others keep busy."""
+    drafting, n_drafted = Drafting("auto", times({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0, 16: 1.0})), 0
+    for _ in range(1000):
+        n = sizes(drafting, draft(0.9))[0]
+        drafting.settle(1, 1, 1.0 + n, is_plain=not n)
+        n_drafted += n
+    assert 0 < n_drafted < 40
+
+
+def test_auto_rests_after_a_look_in_vain() -> None:
+    """By the time that the look took; the others look before each step."""
+    drafting = Drafting("auto")
+    for seconds, n_steps in ((1e-5, 1), (1e-4, 8), (5e-4, 16), (1.0, 16)):
+        drafting.looked(seconds, is_found=False)
+        n_rested = 0
+        while not n_rested or not drafting.is_due:
+            drafting.settle(1, 1, 0.01, is_plain=True)
+            n_rested += 1
+        assert n_rested <= n_steps + 1
+        assert n_rested >= n_steps
+    drafting.looked(1.0, is_found=True)
+    assert drafting.is_due
+    for mode in ("ngram", "mtp"):
+        other = Drafting(mode)
+        other.looked(1.0, is_found=False)
+        assert other.is_due
+
+
+def test_a_block_that_is_hardly_ever_right_drafts_seldom() -> None:
+    drafting, counts = Drafting("mtp"), list[int]()
+    for _ in range(1000):
+        counts.append(drafting.n_predicted(1, None))
+        drafting.block.note_right(counts[-1], 0)
+    assert sum(map(bool, counts[:300])) < 16
+    assert 0 < sum(map(bool, counts[300:])) < 10
+    for _ in range(10):
+        drafting.block.note_right(3, 3)
+    assert [drafting.n_predicted(1, None) for _ in range(5)] == [MOST_PREDICTED] * 5
 
 
 def test_reading_again_is_a_price_where_layers_are_recurrent() -> None:

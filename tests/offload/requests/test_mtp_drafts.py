@@ -11,6 +11,7 @@ from slimoe.offload.cache.disk_reader import ReadFailedError
 from slimoe.offload.graph.batch import Batch
 from slimoe.offload.graph.runner import Hidden, Logits
 from slimoe.offload.memory.cells import Cells
+from slimoe.offload.model.mtp_block import MOST_WAITING
 from slimoe.offload.requests.drafting import MOST_PREDICTED, Drafting, DraftMode
 from slimoe.offload.requests.mtp_drafts import MtpDrafts
 from slimoe.offload.requests.request import Generator, ModelFacts
@@ -33,9 +34,10 @@ class HistoryBlock:
         self.n_predicted = self.n_unknown = 0
         self.most_read = 0
         self.fails_from = 1 << 30
+        self.n_stored, self.is_right = 0, True
 
     def store(self, batch: Batch, hidden: Hidden) -> None:
-        row = 0
+        row, self.n_stored = 0, self.n_stored + batch.n_tokens
         for run in batch.runs:
             begin = len(run.visible) - run.n_tokens
             for index in range(run.n_tokens):
@@ -63,7 +65,7 @@ class HistoryBlock:
         for index, run in enumerate(batch.runs):
             history = self.cells[run.visible].tolist()
             token = next_token(history)
-            logits[index, token if len(history) % 5 else (token + 1) % N_VOCAB] = 9
+            logits[index, token if self.is_right and len(history) % 5 else (token + 1) % N_VOCAB] = 9
             last[index] = -1, len(history) - 1
         return logits, last
 
@@ -77,12 +79,14 @@ class Run:
     n_batch: int = 64
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ends: dict[int, Finished] = field(default_factory=dict)
+    drafting: Drafting | None = None
 
     def __post_init__(self) -> None:
         self.cells, self.model, self.block = Cells(N_CELLS, self.n_states), HistoryModel(N_CELLS), HistoryBlock()
         self.has_block = True
         mtp = MtpDrafts(lambda: self.block if self.has_block else None, self._hidden, self.cells)
-        self.scheduler = Scheduler(self.cells, self.model.compute, 4, self.n_batch, Drafting(self.mode), None, mtp)
+        drafting = self.drafting or Drafting(self.mode)
+        self.scheduler = Scheduler(self.cells, self.model.compute, 4, self.n_batch, drafting, None, mtp)
         self._facts = ModelFacts(400, N_VOCAB, None, lambda: {})
 
     def _hidden(self) -> Hidden:
@@ -145,6 +149,44 @@ def test_answers_are_the_same_beside_each_other(n_batch: int, n_states: int) -> 
     assert drafted.block.n_unknown <= len(requests), "only where a text goes on from what another one has read"
     assert sum(end.timings.draft_n_accepted for end in drafted.ends.values()) > 40
     assert max(batch.n_tokens for batch in drafted.model.batches) <= n_batch
+
+
+class Seldom(Drafting):
+    """Drafts for one step of so many."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__("mtp")
+        self._period, self._n_steps = period, 0
+
+    def n_predicted(self, n_writing: int, n_again: int | None) -> int:
+        self._n_steps += 1
+        return 0 if self._n_steps % self._period else MOST_PREDICTED
+
+
+@recurrent
+@pytest.mark.parametrize("n_batch", [5, 64])
+def test_what_was_said_while_the_block_rested_is_known_when_it_drafts_again(n_batch: int, n_states: int) -> None:
+    run = Run("mtp", n_states, n_batch, drafting=Seldom(9)).answer(greedy((1, 2, 3), 350))
+    assert run.tokens[0] == answer_to((1, 2, 3), 350)
+    assert run.block.n_unknown == 0
+    assert run.ends[0].timings.draft_n_accepted > 30
+
+
+@recurrent
+def test_a_block_that_is_wrong_is_soon_at_rest_and_reads_nothing(n_states: int) -> None:
+    run = Run("mtp", n_states)
+    run.block.is_right = False
+    run.answer(greedy((1, 2, 3), 200))
+    assert run.tokens[0] == answer_to((1, 2, 3), 200)
+    assert run.block.n_stored < 80
+
+
+@recurrent
+def test_after_a_long_rest_many_tokens_are_read_at_once(n_states: int) -> None:
+    run = Run("mtp", n_states, drafting=Seldom(10000)).answer(greedy((1, 2, 3), 300))
+    assert run.tokens[0] == answer_to((1, 2, 3), 300)
+    assert run.block.n_predicted == 0
+    assert run.block.n_stored in (MOST_WAITING + 2, MOST_WAITING + 3)
 
 
 def test_few_tokens_are_predicted_and_read_again() -> None:
