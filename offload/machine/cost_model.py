@@ -8,7 +8,8 @@ a step takes
 
     T = max(R + (1 - a) C, C + (1 - a) R)
 
-which is exact at both ends: with a = 1 the disk or the processors are always busy, with a = 0 never both at once.
+which is exact at both ends: with a = 1 the disk or the processors are always busy, with a = 0 never both at once. What
+is read takes cores and memory from what is computed: graphs take longer meanwhile, and Python works for each expert.
 
 The bound is what moving the bytes takes, each tier at its measured speed and all of them at once: the busiest tier.
 """
@@ -30,6 +31,11 @@ LOOK_AHEAD = 0.6
 Of all selected experts more are predicted (0.8 to 0.9 are published for Mixtral), but those that a cache has not got
 are rarer ones, which routers are less sure of.
 """
+_TAKEN_BY_READS = 0.2
+"""By what part graphs take longer while the disk is read, on two cores: 0.1 to 0.4 were measured."""
+_CALLS_PER_CHOICE, _CALLS_PER_READ = 30, 14
+"""Python's work for a single token in a layer whose experts may be missing, and for each expert that is read, in graphs
+of two operations: it finds the processor's caches full of weights."""
 CPU, DISK, LINK = "cpu", "disk", "link"
 _OPS_PER_ATTENTION = 10
 _OPS_PER_FEED_FORWARD = 8
@@ -128,6 +134,7 @@ def predict(
         for tier, seconds in layer.tiers.items():
             tiers[tier] = tiers.get(tier, 0.0) + n_routed * seconds
     reading = tiers.get(DISK, 0.0)
+    computing += _TAKEN_BY_READS * min(reading, computing)
     late = 1 - step.look_ahead
     taken = max(reading + late * computing, computing + late * reading)
     tier_ms = {tier: 1000 * seconds / step.n_tokens for tier, seconds in tiers.items()}
@@ -153,10 +160,12 @@ class _Setting:
         load, main = self.load, self.main
         n_last = int(load.n_layer - 1 in load.attention_layers)
         last = n_last / len(load.attention_layers)
-        pairs = step.n_tokens * (step.n_past + (step.n_tokens + 1) / 2)
-        pairs_of_last = step.n_out * (step.n_past + step.n_tokens - (step.n_out - 1) / 2)
+        windows = load.windows or (0,) * len(load.attention_layers)
         n_before = len(load.attention_layers) - n_last
-        attention = (n_before * pairs + n_last * pairs_of_last) * main.pair_seconds(step.n_tokens)
+        pairs = sum(_pairs(step.n_past, step.n_tokens, window) for window in windows[:n_before])
+        n_unwanted = step.n_tokens - step.n_out
+        pairs += sum(_pairs(step.n_past + n_unwanted, step.n_out, window) for window in windows[n_before:])
+        attention = pairs * main.pair_seconds(step.n_tokens)
         inner = (1 - last) * main.matrix_seconds(load.dense, step.n_tokens)
         return (
             inner
@@ -196,6 +205,9 @@ class _Setting:
             assert self.speed.disk, "experts on a disk that was not measured"
             tiers[DISK] = visited * on_disk * load.read_bytes / self.speed.disk
         cut = self._cut_seconds(n_tokens, visited, share) if self.residency.is_cut else 0.0
+        if on_disk:
+            n_calls = visited * on_disk * _CALLS_PER_READ + (_CALLS_PER_CHOICE if n_tokens == 1 else 0)
+            cut += n_calls * self.speed.cpu.overheads.graph_seconds
         return _Layer(layer.seconds + cut, tiers)
 
     def _experts(self, n_tokens: int, visited: float, n_pairs: float, share: float) -> _Layer:
@@ -254,6 +266,12 @@ class _Setting:
             n_read = n_tokens * (load.n_expert + load.n_used + load.n_embd * (by_cpu if n_tokens > 1 else 1.0))
             seconds += 4 * n_read / link.from_device + 4 * load.n_embd * n_selected * (1 - share) / link.to_device
         return seconds
+
+
+def _pairs(n_past: int, n_tokens: int, window: int) -> float:
+    """How many tokens, itself included, each of `n_tokens` tokens sees behind `n_past` others, summed up."""
+    n_growing = max(0, min(n_tokens, window - n_past)) if window else n_tokens
+    return n_growing * (n_past + (n_growing + 1) / 2) + (n_tokens - n_growing) * window
 
 
 def expected_uses(priors: NDArray[np.float64] | None, n_layer: int, n_expert: int, n_used: int) -> NDArray[np.float64]:

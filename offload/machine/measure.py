@@ -1,6 +1,7 @@
 """Measures this machine as far as one model uses it, in seconds, and remembers the speeds for later starts."""
 
 import functools
+import math
 import os
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from slimoe.offload.machine.speed import (
     ProcessorSpeed,
     SpeedCurve,
 )
-from slimoe.offload.machine.transfer_bench import MAX_PIECE, disk_bytes_per_second, link_speed
+from slimoe.offload.machine.transfer_bench import MAX_PIECE, N_UNDER_WAY, disk_bytes_per_second, link_speed
 from slimoe.offload.machine.workload import expert_matrices, layer_matrices
 from slimoe.offload.model.attention_spec import AttentionSpec
 from slimoe.offload.model.experts import ExpertLayer
@@ -45,12 +46,12 @@ class KernelNeeds:
     """The kernels that a model uses, with the rows of their largest matrix, its attentions, with the number of layers
     that have them, and sizes in bytes.
 
-    The largest copy of an expert has `expert_bytes`, and all matrices together have `n_bytes`.
+    The largest matrix of an expert has `matrix_bytes`, and all matrices together have `n_bytes`.
     """
 
     kernels: Mapping[MatrixKernel, int]
     attentions: Mapping[AttentionShape, int]
-    expert_bytes: int
+    matrix_bytes: int
     n_bytes: int
 
 
@@ -75,11 +76,11 @@ def kernel_needs(
         kernel = MatrixKernel(source.type, source.ne[0], is_expert)
         kernels[kernel] = max(kernels.get(kernel, 0), source.ne[1])
         n_bytes += source.n_bytes
-    copies = [copy.n_bytes for layer in layers if layer for expert in layer.experts for copy in expert]
+    largest = max((matrix.n_bytes for matrix in expert_matrices(layers)), default=0)
     # A model without attention has that of its keys measured, which nothing then takes.
     attentions = Counter(_attention_shape(spec.attention_of(layer), kv_type) for layer in spec.attention_layers)
     attentions = attentions or Counter([_attention_shape(spec.attention, kv_type)])
-    return KernelNeeds(kernels, attentions, max(copies, default=0), n_bytes)
+    return KernelNeeds(kernels, attentions, largest, n_bytes)
 
 
 def _attention_shape(of: AttentionSpec, kv_type: Type) -> AttentionShape:
@@ -163,9 +164,10 @@ class Calibration:
     def disk(self, gguf: GGUFFile) -> float:
         """Bytes per second that experts are read with from the disk that the file lies on."""
         limits = self._limits
-        piece = max(PAGE, _power_of_two(min(self._needs.expert_bytes, MAX_PIECE, limits.ram // 3)))
+        nearest = 1 << round(math.log2(max(PAGE, min(self._needs.matrix_bytes, MAX_PIECE))))
+        piece = max(PAGE, min(nearest, _power_of_two(limits.ram // (N_UNDER_WAY + 1))))
         how = "direct" if limits.direct_io else "buffered"
-        name = f"disk {os.stat(gguf.path).st_dev}, {piece >> 10} KiB, {how}"
+        name = f"disk {os.stat(gguf.path).st_dev}, matrices of {piece >> 10} KiB, {how}"
         direct, clock = limits.direct_io, limits.clock
         return self._known(name, _Number, lambda: _Number(disk_bytes_per_second(gguf, piece, direct, clock))).value
 

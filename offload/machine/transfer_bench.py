@@ -23,7 +23,8 @@ from slimoe.offload.model.tensors import Span
 MAX_PIECE = 32 << 20
 """Reading more at once is no faster, on any disk."""
 _ROUNDS, _ROUND_BYTES, _ROUND_SECONDS = 4, 128 << 20, 0.125
-_IN_FLIGHT = 2
+N_UNDER_WAY = 6
+"""Matrices of two experts, one of which is read while the next waits."""
 _LINK_ROUNDS = 6
 
 
@@ -37,23 +38,23 @@ class Reader(Protocol):
         """Returns when it is read."""
 
 
-def disk_bytes_per_second(gguf: GGUFFile, expert_bytes: int, direct: bool, clock: Clock = time.perf_counter) -> float:
-    """Bytes per second when experts of that size are read as the engine reads them, two at a time.
+def disk_bytes_per_second(gguf: GGUFFile, matrix_bytes: int, direct: bool, clock: Clock = time.perf_counter) -> float:
+    """Bytes per second when experts with matrices of that size are read as the engine reads them, two at a time.
 
-    Takes half a second, or as long as 512 MB take, and memory for two experts of at most `MAX_PIECE` each. Raises
-    ModelFileError and ReadFailedError.
+    Takes half a second, or as long as 512 MB take, and memory for `N_UNDER_WAY` matrices of at most `MAX_PIECE` each.
+    Raises ModelFileError and ReadFailedError.
     """
     with closing(DiskReader(gguf, direct=direct)) as reader:
-        return read_speed(reader, random_pieces(gguf, expert_bytes), clock)
+        return read_speed(reader, random_pieces(gguf, matrix_bytes), clock)
 
 
 def read_speed(reader: Reader, pieces: Iterator[Span], clock: Clock) -> float:
     """Bytes per second: the median of several rounds, since what disturbs a disk can also hasten it."""
     first = next(pieces)
     room = padded(first.n_bytes)
-    memory = np.empty(_IN_FLIGHT * room + PAGE, np.uint8)
+    memory = np.empty(N_UNDER_WAY * room + PAGE, np.uint8)
     base = -(-memory.ctypes.data // PAGE) * PAGE
-    addresses = [base + index * room for index in range(_IN_FLIGHT)]
+    addresses = [base + index * room for index in range(N_UNDER_WAY)]
     speeds = [_read_round(reader, pieces, addresses, clock) for _ in range(_ROUNDS)]
     return float(np.median(speeds))
 
@@ -76,11 +77,11 @@ def _read_round(reader: Reader, pieces: Iterator[Span], addresses: list[int], cl
         n_done += n_bytes
 
 
-def random_pieces(gguf: GGUFFile, expert_bytes: int) -> Iterator[Span]:
-    """Stretches of the file as large as an expert, at random places, none of them in the page cache."""
+def random_pieces(gguf: GGUFFile, matrix_bytes: int) -> Iterator[Span]:
+    """Stretches of the file as large as an expert's matrix, at random places, none of them in the page cache."""
     sizes = [path.stat().st_size for path in gguf.paths]
     shard = sizes.index(max(sizes))
-    n_bytes = max(1, min(expert_bytes, MAX_PIECE, sizes[shard]))
+    n_bytes = max(1, min(matrix_bytes, MAX_PIECE, sizes[shard]))
     # Not the same places each time: a disk, or what simulates it, may remember what it read last.
     places = random.Random()
     while True:

@@ -18,7 +18,8 @@ class Workload:
 
     `dense` are the matrices that every token is multiplied with, `output` is the one for tokens whose logits are
     wanted, and `expert` is one expert, averaged over all. `read_bytes` is what is read for an expert that is in no
-    memory. A token has `n_vocab` logits.
+    memory. A token has `n_vocab` logits. `windows` are the tokens that each of the attention layers sees at most, 0 for
+    all before it; without any, all layers see all.
     """
 
     n_layer: int
@@ -32,6 +33,7 @@ class Workload:
     expert: Matrices
     read_bytes: float
     n_vocab: int = 0
+    windows: tuple[int, ...] = ()
 
     @property
     def n_routed(self) -> int:
@@ -57,6 +59,7 @@ def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLaye
         expert=expert,
         read_bytes=sum(expert.values()),
         n_vocab=spec.n_vocab,
+        windows=tuple(spec.window(layer) for layer in spec.attention_layers),
     )
 
 

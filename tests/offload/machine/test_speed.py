@@ -27,6 +27,7 @@ from slimoe.offload.machine.probe import FormSpeed, KernelSpeed, measured_speeds
 from slimoe.offload.machine.speed import LinkSpeed, MachineSpeed, MatrixKernel, SpeedCurve
 from slimoe.offload.machine.transfer_bench import (
     MAX_PIECE,
+    N_UNDER_WAY,
     disk_bytes_per_second,
     link_speed,
     random_pieces,
@@ -299,7 +300,7 @@ def test_the_speed_of_the_disk_is_found(n_bytes: int) -> None:
     disk = _KnownDisk(clock)
     # The memory of the largest is never touched, so that it costs nothing.
     assert read_speed(disk, _pieces(n_bytes), clock) == pytest.approx(1.25e9)
-    assert (disk.under_way, disk.most) == (0, 2 if n_bytes < 1 << 27 else 1)
+    assert (disk.under_way, disk.most) == (0, N_UNDER_WAY if n_bytes < 1 << 24 else 1)
     assert len(disk.addresses) == disk.most
     assert all(address % PAGE == 0 for address in disk.addresses)
     assert clock.now < 0.7
@@ -338,7 +339,7 @@ def test_the_workload_names_what_the_model_has(gguf: GGUFFile) -> None:
         MatrixKernel(Type.F32, 64, True): 96,
         MatrixKernel(Type.F32, 96, True): 64,
     }
-    assert needs.expert_bytes == 3 * 64 * 96 * 4
+    assert needs.matrix_bytes == 64 * 96 * 4
     vectors = sum(tensor.n_bytes for name, tensor in gguf.tensors.items() if "norm" in name)
     embedding = gguf.tensors["token_embd.weight"].n_bytes
     assert needs.n_bytes == sum(tensor.n_bytes for tensor in gguf.tensors.values()) - vectors - embedding
