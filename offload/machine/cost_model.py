@@ -33,9 +33,9 @@ are rarer ones, which routers are less sure of.
 """
 _TAKEN_BY_READS = 0.2
 """By what part graphs take longer while the disk is read, on two cores: 0.1 to 0.4 were measured."""
-_CALLS_PER_CHOICE, _CALLS_PER_READ = 30, 14
-"""Python's work for a single token in a layer whose experts may be missing, and for each expert that is read, in graphs
-of two operations: it finds the processor's caches full of weights."""
+_CHOICE_SECONDS, _READ_SECONDS = 3e-4, 1.4e-4
+"""Python's work for a single token in a layer whose experts may be missing, and for each expert that is read: as it was
+on an EPYC. It finds the processor's caches full of weights."""
 CPU, DISK, LINK = "cpu", "disk", "link"
 _OPS_PER_ATTENTION = 10
 _OPS_PER_FEED_FORWARD = 8
@@ -206,8 +206,7 @@ class _Setting:
             tiers[DISK] = visited * on_disk * load.read_bytes / self.speed.disk
         cut = self._cut_seconds(n_tokens, visited, share) if self.residency.is_cut else 0.0
         if on_disk:
-            n_calls = visited * on_disk * _CALLS_PER_READ + (_CALLS_PER_CHOICE if n_tokens == 1 else 0)
-            cut += n_calls * self.speed.cpu.overheads.graph_seconds
+            cut += visited * on_disk * _READ_SECONDS + (_CHOICE_SECONDS if n_tokens == 1 else 0.0)
         return _Layer(layer.seconds + cut, tiers)
 
     def _experts(self, n_tokens: int, visited: float, n_pairs: float, share: float) -> _Layer:

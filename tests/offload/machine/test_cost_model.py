@@ -53,17 +53,18 @@ def test_a_resident_model_takes_what_its_bytes_take() -> None:
 @pytest.mark.parametrize(
     ("disk", "look_ahead", "expected", "bound", "name"),
     [
-        (1e9, 1.0, 9.9, 9.1, "cpu"),  # 4 ms of reading, all behind computing, which takes 0.2 of it longer
-        (1e9, 0.75, 10.9, 9.1, "cpu"),
-        (1e9, 0.0, 13.9, 9.1, "cpu"),
+        (1e9, 1.0, 11.66, 9.1, "cpu"),  # 4 ms of reading, all behind computing, which takes 0.2 of it longer
+        (1e9, 0.75, 12.66, 9.1, "cpu"),
+        (1e9, 0.0, 15.66, 9.1, "cpu"),
         (1e8, 1.0, 40.0, 40.0, "disk"),  # 40 ms of reading, all computing behind it
-        (1e8, 0.5, 45.46, 40.0, "disk"),  # half of the computing has nothing to read beside it
-        (1e8, 0.0, 50.92, 40.0, "disk"),
+        (1e8, 0.5, 46.516, 40.0, "disk"),  # half of the computing has nothing to read beside it
+        (1e8, 0.0, 53.032, 40.0, "disk"),
     ],
 )
 def test_reading_overlaps_as_far_as_it_is_known_ahead(
     disk: float, look_ahead: float, expected: float, bound: float, name: str
 ) -> None:
+    """Besides computing there are 0.3 ms of Python in each of four layers, and 0.14 ms for each of four reads."""
     prediction = predict(LOAD, Residency(0.0, 0.5), machine(CPU, disk), Step(look_ahead=look_ahead))
     assert prediction.ms_per_token == pytest.approx(expected)
     assert prediction.bound_ms == pytest.approx(bound)
@@ -96,14 +97,6 @@ def test_the_published_limit_of_a_12_gb_card() -> None:
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e18 / 2, 1e18 / 2)})
     prediction = predict(load, Residency(share, 1 - share), slow_link, device="GPU0")
     assert 1000 / (prediction.ms_per_token + 2.5) == pytest.approx(12.0, abs=0.1)
-
-
-def test_python_works_for_each_choice_and_each_read() -> None:
-    """30 graphs of 1 ms in each of four layers, and 14 for each of the four experts that are read."""
-    slow = dataclasses.replace(CPU, overheads=Overheads(1e-3, 1e-12))
-    step = Step(look_ahead=1.0)
-    held, read = (predict(LOAD, Residency(0.0, n), machine(slow, 1e15), step).ms_per_token for n in (1.0, 0.5))
-    assert read - held == pytest.approx(4 * 30 + 4 * 14, rel=1e-3)
 
 
 def test_cuts_cost_what_graphs_cost() -> None:
