@@ -251,7 +251,7 @@ class _Opening:
         spec, plan = self._plan.spec, self._plan
         n_used = max(1, spec.n_expert_used)
         n_cells, n_masked = (plan.kv.n_cells, plan.kv.n_masked(spec)) if has_layers else (1, 1)
-        sizes = spec.n_embd, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth
+        sizes = spec.n_embd, spec.n_embd_expert, plan.n_batch, n_cells, self._n_expert, n_used, prefetch_depth
         n_state_rows = plan.n_parallel * spec.recurrent.n_parts if spec.recurrent else 0
         shape = ExchangeShape(*sizes, n_masked - n_cells, spec.n_expert_aux, n_state_rows)
         return self._opened.enter_context(closing(Exchange(backend, shape)))

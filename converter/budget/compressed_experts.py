@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slimoe.converter.budget.structure import Structure
+from slimoe.converter.forward.block import read_latent_space
 from slimoe.converter.forward.expert import AuxVectors
 from slimoe.converter.forward.pass_time import pass_seconds
 from slimoe.converter.forward.routing import Routing
@@ -48,7 +49,7 @@ class CompressedSource(HeldSource):
         self._shapes = dict(source.shapes)
         for block, layer in enumerate(source.layers):
             for role in (AUX_GAIN, AUX_SHIFT) if layer.target else ():
-                self._shapes[block_key(block, role)] = len(layer.target), source.spec.n_embd
+                self._shapes[block_key(block, role)] = len(layer.target), source.spec.n_embd_expert
         for block, one in (vectors or {}).items():
             self.take(block, one)
 
@@ -102,16 +103,16 @@ def fit_compressed_experts(
         for stream in streams:
             stream.embed()
         for block in range(n_layer):
-            seen = _MainExperts(len(is_held), source.spec.n_embd)
+            seen = _MainExperts(len(is_held), source.spec.n_embd_expert)
             streams[0].pass_layer(block, Observer())
             streams[1].pass_layer(block, seen)
             if source.layers[block].target:
-                sample = seen.sample((streams[0].h - streams[1].h) / residual, n_main)
+                space, missing = read_latent_space(source, block), (streams[0].h - streams[1].h) / residual
+                sample = seen.sample(missing if space is None else space.taken_back(missing), n_main)
                 one = found[block] = fit_vectors(sample, len(source.layers[block].target), is_held)
                 chosen = sample.selected, sample.weights
-                streams[1].h += residual * (
-                    sample.total * (one.vectors.gains(*chosen) - 1) + one.vectors.shifts(*chosen)
-                )
+                update = sample.total * (one.vectors.gains(*chosen) - 1) + one.vectors.shifts(*chosen)
+                streams[1].h += residual * (update if space is None else space.up(update))
             on_progress(STEP, block + 1, n_layer)
     finally:
         for stream in streams:
@@ -137,14 +138,14 @@ class _MainExperts(Observer):
         self._total = torch.zeros(n, n_embd)
         self._routings: list[Routing] = []
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
         self._routings.append(routing)
 
     def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
         self._total.index_add_(0, rows, (weights[:, None] * output).cpu())
 
     def sample(self, missing: Tensor, n_main: int) -> AuxSample:
-        """What was seen, with what the layer's output lacks [n, n_embd]."""
+        """What was seen, with what the experts' sum lacks [n, n_embd_expert]."""
         selected, weights = (
             torch.cat([getattr(one, name)[:, n_main:] for one in self._routings]).cpu()
             for name in ("selected", "weights")

@@ -132,7 +132,7 @@ def _low_costs(source: ModelSource, statistics: Statistics, layer: LayerPlan) ->
     rates = np.divide(np.array(hints.low_error), squares, out=np.zeros(squares.size), where=squares > 0)
     # An expert that was never selected counts as the worst.
     rates = np.where(squares > 0, rates, rates.max(initial=0.0))
-    n_weights = [source.spec.n_embd * matrix_width(source, layer.block, one) for one in layer.experts]
+    n_weights = [source.spec.n_embd_expert * matrix_width(source, layer.block, one) for one in layer.experts]
     bits = [type_bits(one.types) - type_bits(one.low_types or one.types) for one in layer.experts]
     target = np.array(source.layers[layer.block].target)
     place = np.full(1 + int(target.max()), -1)

@@ -105,7 +105,7 @@ def _smallest(source: ModelSource, plan: CompressPlan, recipe: Recipe) -> Compre
             for role in layer.types
         }
         kinds_of_experts = tuple(
-            kind(expert_key(index, name, 0).name, source.spec.n_ff if name == "down" else n_embd)
+            kind(expert_key(index, name, 0).name, source.spec.n_ff if name == "down" else source.spec.n_embd_expert)
             for name in source.spec.architecture.projections
         )
         experts = tuple(replace(expert, types=kinds_of_experts) for expert in layer.experts)

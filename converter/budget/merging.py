@@ -109,7 +109,7 @@ def joining_seconds(source: ModelSource, statistics: Statistics, plan: CompressP
     layers = [layer for layer in plan.layers if _open(layer)]
     if not layers:
         return 0.0
-    n_ff, n_embd = spec.n_ff, spec.n_embd
+    n_ff, n_embd = spec.n_ff, spec.n_embd_expert
     per_expert, pooled = 6 * n_embd * n_ff, _POOL * n_ff
     reading, multiplying, solving = _speeds(source, layers[0])
     n_layer = max(layer.block for layer in layers) + 1
@@ -147,11 +147,11 @@ def _speeds(source: ModelSource, layer: LayerPlan) -> tuple[float, float, float]
     """Seconds to read an expert, for an operation of products in float32, and for one of equations in float64."""
     begin = time.perf_counter()
     expert = read_expert(source, layer.block, layer.experts[0].members[0])
-    reading, x = time.perf_counter() - begin, torch.randn(_ROWS_AT_ONCE // 8, source.spec.n_embd)
+    reading, x = time.perf_counter() - begin, torch.randn(_ROWS_AT_ONCE // 8, source.spec.n_embd_expert)
     begin = time.perf_counter()
     with torch.no_grad():
         expert(x)
-    multiplying = (time.perf_counter() - begin) / (6 * len(x) * source.spec.n_embd * source.spec.n_ff)
+    multiplying = (time.perf_counter() - begin) / (6 * len(x) * source.spec.n_embd_expert * source.spec.n_ff)
     n = min(_POOL * source.spec.n_ff, _TRIED)
     inner = torch.eye(n, dtype=torch.float64) + 0.01
     begin = time.perf_counter()
@@ -228,8 +228,8 @@ class _LayerTokens(Observer):
     inputs: list[Tensor] = field(default_factory=list)
     routings: list[Routing] = field(default_factory=list)
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
-        self.inputs.append(x)
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
+        self.inputs.append(read)
         self.routings.append(routing)
 
     def joined(self, plan: ExpertPlan) -> tuple[ExpertPlan, float]:

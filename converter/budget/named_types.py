@@ -78,7 +78,7 @@ def with_low_copies(source: ModelSource, plan: CompressPlan, wanted: Wanted) -> 
 def smaller_copies_advice(source: ModelSource, plan: CompressPlan, low: Type) -> str:
     """What to do where second copies in `low` are no smaller than the first ones of the plan."""
     widths = {matrix_width(source, layer.block, expert) for layer in plan.layers for expert in layer.experts}
-    rows = widths | {source.spec.n_embd}
+    rows = widths | {source.spec.n_embd_expert}
     if all(fits(low, n_per_row) for n_per_row in rows):
         return "Name the better type first, and a smaller one second."
     return f"{low.name} does not fit all rows of the experts. {copies_advice(rows)}"

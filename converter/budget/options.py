@@ -114,7 +114,7 @@ class OptionParts:
                 for types, n_bytes, cost in self._typed(layer, narrowed(expert, width)):
                     options.append(Option(Narrower(types, width), n_bytes, cost + own))
             if number in free:
-                options.append(Option(CONSTANT, 4 * self._source.spec.n_embd, free[number]))
+                options.append(Option(CONSTANT, 4 * self._source.spec.n_embd_expert, free[number]))
             yield Part((index, number), tuple(options), index)
 
     def _typed(self, layer: LayerPlan, expert: ExpertPlan) -> Iterable[tuple[Types, int, float]]:

@@ -58,13 +58,13 @@ def trimming_seconds(source: ModelSource, statistics: Statistics) -> float:
     spec, sequences = source.spec, _sequences(statistics)
     n_ff, n_stored = spec.n_ff, [layer.n_stored for layer in source.layers if layer.target]
     few = min(n_ff, _N_NEURONS)
-    hidden, down = torch.randn(2 * few, few), np.ones((max(1, spec.n_embd * few // n_ff), few), np.float32)
+    hidden, down = torch.randn(2 * few, few), np.ones((max(1, spec.n_embd_expert * few // n_ff), few), np.float32)
     multiplying = median_seconds(lambda: hidden.T @ hidden) / (4 * few**3)
     covariance = (hidden.T @ hidden).numpy().astype(np.float64)
     choosing = median_seconds(lambda: trim(down, covariance, [max(1, few // 2)])) * (n_ff / few) ** 3
     # Each expert's own tokens, and the sample that stands for any.
     n_products = 2 * n_ff**2 * (len(n_stored) * spec.n_expert_used * sequences.n_rows + sum(n_stored) * _SAMPLE)
-    n_products += sum(n_stored) * _SAMPLE * 4 * spec.n_embd * n_ff
+    n_products += sum(n_stored) * _SAMPLE * 4 * spec.n_embd_expert * n_ff
     return float(pass_seconds(source, sequences) + sum(n_stored) * choosing + n_products * multiplying)
 
 
@@ -89,9 +89,9 @@ class _Trimmer(HiddenCollector):
         self._found: dict[int, TrimmedExpert] = {}
         super().__init__(layer.block, self._trim)
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
         if sum(map(len, self._inputs)) < _SAMPLE:
-            self._inputs.append(x)
+            self._inputs.append(read)
 
     def trimmed(self) -> LayerPlan:
         """The layer; experts that no token selected are trimmed by any tokens."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
 from slimoe.converter.forward.block_end import BlockEnd
-from slimoe.converter.forward.expert import AuxVectors, Expert, Linear, SharedExpert
+from slimoe.converter.forward.expert import AuxVectors, Expert, LatentSpace, Linear, SharedExpert
 from slimoe.converter.forward.latent_heads import Heads, LatentMatrices
 from slimoe.converter.forward.norms import Norm, rms_norm
 from slimoe.converter.forward.recurrent import DeltaNet, Mamba2, ShortConv
@@ -29,7 +29,7 @@ from slimoe.converter.source.model_source import (
     vectors_key,
 )
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, EXPERT_LATENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +170,8 @@ def _post_norm(source: ModelSource, layer: int, role: str, device: str) -> Norm 
 
 def read_end(source: ModelSource, layer: int, device: str = "cpu") -> BlockEnd | None:
     """What a layer's update passes, None where it is added as it is; raises ModelFileError."""
+    if block_key(layer, EXPERT_LATENT[1]) in source.shapes:
+        return BlockEnd()
     if not source.spec.architecture.has_post_norms:
         return None
     experts, ffn = (_post_norm(source, layer, role, device) for role in ("post_ffw_norm_2", "post_ffw_norm"))
@@ -228,6 +230,13 @@ def read_shared(source: ModelSource, layer: int, device: str = "cpu") -> SharedE
     own = _norm(source, layer, "ffn_norm", device).weight
     scale = _instead_of(read_ffn_norm(source, layer, device), own)
     return SharedExpert(expert, None, scale, _norm(source, layer, "post_ffw_norm_1", device))
+
+
+def read_latent_space(source: ModelSource, layer: int, device: str = "cpu") -> LatentSpace | None:
+    """The matrices around a layer's experts, None where there are none; raises ModelFileError."""
+    if block_key(layer, EXPERT_LATENT[0]) not in source.shapes:
+        return None
+    return LatentSpace(*(_linear(source, layer, role, device) for role in EXPERT_LATENT))
 
 
 def read_aux_vectors(source: ModelSource, layer: int, device: str = "cpu") -> AuxVectors | None:

@@ -1,4 +1,4 @@
-"""How the update of a feed-forward part joins the residual stream in torch, in layers whose parts have norms behind."""
+"""How the update of a feed-forward part joins the stream in torch, where norms or a matrix are behind its experts."""
 
 from dataclasses import dataclass
 

@@ -109,6 +109,20 @@ class SharedExpert:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpace:
+    """The matrices around experts that read and write fewer values than the residual stream has: `down` makes what they
+    read of the router's input, `up` what is added to the stream of their sum.
+    """
+
+    down: Linear
+    up: Linear
+
+    def taken_back(self, update: Tensor) -> Tensor:
+        """The sums [n, n_embd_expert] of experts that make what is nearest to an `update` [n, n_embd] of the stream."""
+        return torch.linalg.lstsq(self.up.weight, update.T).solution.T
+
+
+@dataclass(frozen=True, slots=True)
 class AuxVectors:
     """The vectors of all rows of a router, `gain` and `shift` [n_row, n_embd]."""
 

@@ -21,6 +21,7 @@ from slimoe.converter.forward.block import (
     read_dense,
     read_end,
     read_expert,
+    read_latent_space,
     read_router,
     read_shared,
     read_tensor,
@@ -45,8 +46,8 @@ class Observer:
     def attention(self, layer: int, first_row: int, h: Tensor, seen: AttentionPass) -> None:
         """One sequence's residual stream before attention, and the pass of attention."""
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
-        """The normalised input of a sequence's router and experts, and what the router answers."""
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
+        """The normalised input of a sequence's router, what its experts `read`, and what the router answers."""
 
     def expert(
         self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, weights: Tensor
@@ -61,6 +62,9 @@ class Observer:
 
     def always(self, layer: int, x: Tensor, hidden: Tensor) -> None:
         """The inputs and activations of what the next tokens all pass: a dense feed-forward part or a shared expert."""
+
+    def summed(self, layer: int, total: Tensor) -> None:
+        """The sums of the next tokens' experts, in layers where a matrix or a norm is behind it."""
 
     def block(self, layer: int, first_row: int, h: Tensor, middle: Tensor, after: Tensor) -> None:
         """A sequence's residual stream before the block, after its attention, and after its feed-forward part."""
@@ -113,8 +117,11 @@ class Stream:
         self, source: ModelSource, sequences: Sequences, device: str = "cpu", directory: Path | None = None
     ) -> None:
         self.source, self.sequences, self.device = source, sequences, device
-        self._buffers = [HiddenStates(sequences.n_rows, source.spec.n_embd, directory) for _ in range(4)]
-        self.h, self._middle, self._after, self._x = (buffer.rows for buffer in self._buffers)
+        n_embd, n_latent = source.spec.n_embd, source.spec.experts.n_latent
+        lengths = [n_embd] * 3 + [source.spec.n_embd_expert] + [n_latent] * bool(n_latent)
+        self._buffers = [HiddenStates(sequences.n_rows, length, directory) for length in lengths]
+        self.h, self._middle, self._after, self._x, *others = (buffer.rows for buffer in self._buffers)
+        self._latent_sum = others[0] if others else None
 
     def embed(self) -> None:
         """Fills `h` with the tokens' embeddings; raises ModelFileError."""
@@ -170,14 +177,20 @@ class Stream:
         read: Callable[[int], Expert] | None,
         block_end: BlockEnd | None,
     ) -> None:
-        found, residual = [], self.source.spec.multipliers.residual
+        found, residual, space = (
+            [],
+            self.source.spec.multipliers.residual,
+            read_latent_space(self.source, layer, self.device),
+        )
         for begin, end in self.sequences.spans():
-            x = self._x[begin:end] = self._normalised(slice(begin, end), router.norm)
+            x = self._normalised(slice(begin, end), router.norm)
+            read_by_experts = self._x[begin:end] = x if space is None else space.down(x)
             found.append(route(router, self.source.spec, x))
-            observer.routed(layer, begin, x, found[-1])
+            observer.routed(layer, begin, x, read_by_experts, found[-1])
         shared = read_shared(self.source, layer, self.device)
+        sums = self._after if space is None or self._latent_sum is None else self._latent_sum
         if block_end is not None:  # What experts say is gathered alone first.
-            self._after.zero_()
+            sums.zero_()
         elif shared is not None:
             self._always(layer, router.norm, shared, observer)
         parts = zip(*((one.logits, one.probabilities, one.selected, one.weights) for one in found), strict=True)
@@ -188,7 +201,7 @@ class Stream:
         def add(rows: Tensor, update: Tensor) -> None:
             """Adds what the main experts say to some rows."""
             gained = update if aux is None else update * aux.gains(*(part[rows] for part in others))
-            self._after.index_add_(0, rows, (residual * gained).cpu())
+            sums.index_add_(0, rows, (residual * gained).cpu())
 
         for number, rows, weights in rows_by_expert(self.source.layers[layer].target, routing, n_main):
             if number < 0:
@@ -205,10 +218,12 @@ class Stream:
                 add(part, weight[:, None] * output)
         for every in self._spans() if aux is not None else ():
             assert aux is not None
-            self._after[every] += (residual * aux.shifts(*(part[every] for part in others))).cpu()
+            sums[every] += (residual * aux.shifts(*(part[every] for part in others))).cpu()
         for every in self._spans() if block_end is not None else ():
             assert block_end is not None
-            total, x = self._after[every].to(self.device), self._x[every].to(self.device)
+            total, x = sums[every].to(self.device), self._normalised(every, router.norm)
+            observer.summed(layer, total)
+            total = total if space is None else space.up(total)
             always = None if shared is None else self._passed(layer, x, shared, observer)
             self._after[every] = block_end.after(self._middle[every].to(self.device), total, always).cpu()
 

@@ -12,6 +12,7 @@ from slimoe.converter.forward.block import (
     read_dense,
     read_end,
     read_expert,
+    read_latent_space,
     read_router,
     read_shared,
     read_tensor,
@@ -48,18 +49,20 @@ def _mixture(source: TensorSource, layer: int, router: Router, h: Tensor) -> tup
 
     No gradient flows through which ones are selected.
     """
-    x = router.norm(h)
+    x, space = router.norm(h), read_latent_space(source, layer, source.device)
+    read = x if space is None else space.down(x)
     routing, n_main = route(router, source.spec, x), source.spec.n_expert_used
-    total = torch.zeros_like(x)
+    total = torch.zeros_like(read)
     for number, rows, weights in rows_by_expert(source.layers[layer].target, routing, n_main):
         if number < 0:
             output = read_tensor(source, constant_key(layer, -1 - number), source.device)[None]
         else:
-            output = read_expert(source, layer, number, source.device)(x[rows])
+            output = read_expert(source, layer, number, source.device)(read[rows])
         total = total.index_add(0, rows, weights[:, None] * output)
     aux = read_aux_vectors(source, layer, source.device)
     if aux is not None:
         others = routing.selected[:, n_main:], routing.weights[:, n_main:]
         total = total * aux.gains(*others) + aux.shifts(*others)
     shared = read_shared(source, layer, source.device)
+    total = total if space is None else space.up(total)
     return total, None if shared is None else shared(x)

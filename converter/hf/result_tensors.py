@@ -169,7 +169,7 @@ class ResultTensors:
     def _biases(self, name: str, keys: Sequence[MatrixKey], layer: LayerPlan, stored: StoredMatrix) -> Stretch:
         """What the products of all experts have added; elements of several matrices take turns."""
         is_down = _projection(keys[0].name) == "down"
-        n = self._source.spec.n_embd if is_down else layer_shape(self._source, layer).n_ff
+        n = self._source.spec.n_embd_expert if is_down else layer_shape(self._source, layer).n_ff
 
         def make() -> NDArray[np.float32]:
             each = [merged_vectors(self._source, key, layer.experts, n) for key in keys]
@@ -233,7 +233,7 @@ class ResultTensors:
         return Stretch((sizes, *tensors), ((numbers.nbytes, lambda: numbers), (n_bytes, make)))
 
     def _expert_shape(self, layer: LayerPlan, expert: ExpertPlan, projection: str) -> tuple[int, int]:
-        width, n_embd = matrix_width(self._source, layer.block, expert), self._source.spec.n_embd
+        width, n_embd = matrix_width(self._source, layer.block, expert), self._source.spec.n_embd_expert
         return (n_embd, width) if projection == "down" else (width, n_embd)
 
 

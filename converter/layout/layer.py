@@ -113,7 +113,7 @@ def fitted_types(source: ModelSource, block: int, expert: ExpertPlan, types: Typ
 def row_lengths(source: ModelSource, block: int, expert: ExpertPlan) -> tuple[int, ...]:
     """The length of the rows of each of an expert's matrices."""
     n_inner = len(source.spec.architecture.projections) - 1
-    return (*[source.spec.n_embd] * n_inner, matrix_width(source, block, expert))
+    return (*[source.spec.n_embd_expert] * n_inner, matrix_width(source, block, expert))
 
 
 def layer_shape(source: ModelSource, layer: LayerPlan) -> LayerShape:
@@ -191,7 +191,7 @@ class LayerMatrices:
 
     def _n_out(self, projection: str) -> int:
         """What the products of the layer's widest expert have of elements."""
-        return self.source.spec.n_embd if projection == "down" else layer_shape(self.source, self.plan).n_ff
+        return self.source.spec.n_embd_expert if projection == "down" else layer_shape(self.source, self.plan).n_ff
 
     def _joined(self, matrix: Matrix, role: str) -> Matrix:
         """A part of attention's joined input, all in the type of that part for which the most bits are wanted."""
@@ -220,7 +220,7 @@ class LayerMatrices:
         types = expert.low_types if copy else expert.types
         assert types
         key = expert_key(self.index, name, number)
-        width, n_embd = matrix_width(self.source, self.plan.block, expert), self.source.spec.n_embd
+        width, n_embd = matrix_width(self.source, self.plan.block, expert), self.source.spec.n_embd_expert
         return Matrix(
             key=key,
             tensor=stack_name(self.index, name, bucket) if self.native else key.name,

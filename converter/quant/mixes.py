@@ -91,10 +91,11 @@ _SHIELD = {
     **dict.fromkeys(("attn_qkv", "ssm_in", "ssm_out", "shortconv.in_proj"), always(Type.Q6_K)),
     **dict.fromkeys(("attn_gate", "shortconv.out_proj"), always(Type.Q5_K)),
     "nextn.eh_proj": always(Type.Q8_0),
+    **dict.fromkeys(("ffn_latent_down", "ffn_latent_up"), always(Type.Q8_0)),
 }
 """Keys and values, or the low-rank matrices that make them, are few, and every head reads them. So are the matrices of
 recurrent layers, whose errors add up in a state: most of all those that say what a state forgets and takes in. All that
-an MTP block knows of a text passes one small matrix.
+an MTP block knows of a text passes one small matrix, and all that some models' experts read and say passes two.
 """
 _FILE_TYPES = {
     Type.F32: LlamaFileType.ALL_F32,

@@ -31,7 +31,7 @@ class _SelectedRows(Observer):
         self.n_rows = n_rows
         self.by_layer: dict[int, Tensor] = {}
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
         """Adds the routing of a sequence."""
         n, n_used = routing.selected.shape
         selected = self.by_layer.setdefault(layer, torch.empty(self.n_rows, n_used, dtype=torch.int16))

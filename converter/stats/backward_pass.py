@@ -13,12 +13,13 @@ from slimoe.converter.forward.block import (
     read_dense,
     read_end,
     read_expert,
+    read_latent_space,
     read_router,
     read_shared,
     read_tensor,
 )
 from slimoe.converter.forward.block_end import BlockEnd
-from slimoe.converter.forward.expert import Expert, SharedExpert, activate
+from slimoe.converter.forward.expert import Expert, LatentSpace, SharedExpert, activate
 from slimoe.converter.forward.head import Head, read_head
 from slimoe.converter.forward.layer_states import LayerStates
 from slimoe.converter.forward.norms import Norm
@@ -29,6 +30,7 @@ from slimoe.converter.stats.gradient_sums import OutputMean, RemovalSums, Square
 from slimoe.converter.stats.resume import PartialBackward, Sums
 from slimoe.converter.stats.statistics import Removals, Sensitivity, Single, has_plain_attention
 from slimoe.offload.errors import BadLogitsError
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 _ROWS_AT_ONCE = 4096
 _PLAIN = {"attn_q": "q", "attn_k": "k", "attn_v": "v"}
@@ -66,8 +68,11 @@ class Backward:
     ) -> None:
         self.source, self.sequences, self.states, self.device = source, sequences, states, device
         self._partial, self._projections = partial, source.spec.architecture.projections
-        self._buffers = [HiddenStates(sequences.n_rows, source.spec.n_embd, directory) for _ in range(3)]
-        self._gradient, self._middle, self._by_input = (buffer.rows for buffer in self._buffers)
+        n_latent = source.spec.experts.n_latent
+        lengths = [source.spec.n_embd] * 3 + [n_latent] * bool(n_latent)
+        self._buffers = [HiddenStates(sequences.n_rows, length, directory) for length in lengths]
+        self._gradient, self._middle, self._by_input, *others = (buffer.rows for buffer in self._buffers)
+        self._by_latent = others[0] if others else self._by_input
         self._squares = [Squares() for _ in range(source.spec.n_layer)]
         self._removals = [RemovalSums(layer.n_stored) for layer in source.layers]
         self._ends = Squares()
@@ -190,7 +195,8 @@ class Backward:
         if end is None:
             return along
         shared = read_shared(self.source, layer, self.device) if router is not None else None
-        total = None if router is None else self._expert_sum(layer, router)
+        space = read_latent_space(self.source, layer, self.device)
+        total = None if router is None else self._expert_sum(layer, router, space)
         for rows in self._spans():
             middle, by_after = (part[rows].to(self.device) for part in (self._middle, self._gradient))
             middle.requires_grad_()
@@ -202,17 +208,21 @@ class Backward:
                 read = shared.reads(router.norm(middle))
                 products = _products(shared.expert, read)
                 always = shared.output(read, products[-1])
-            after = end.after(middle, experts, always)
-            by_middle, by_experts, *by_matrix = torch.autograd.grad(after, (middle, experts, *products), by_after)
+            lifted = [] if space is None else [space.up(experts)]
+            after = end.after(middle, lifted[0] if lifted else experts, always)
+            wanted = (middle, experts, *lifted, *products)
+            by_middle, by_experts, *by_matrix = torch.autograd.grad(after, wanted, by_after)
+            if lifted:
+                self._squares[layer].add(EXPERT_LATENT[1], by_matrix.pop(0))
             along[rows] = (by_after * (after - end.scaled(middle)).detach()).sum(1).cpu()
             self._gradient[rows], total[rows] = by_middle.cpu(), by_experts.cpu()
             self._add_shared(layer, by_matrix)
         self._by_experts = total
         return along
 
-    def _expert_sum(self, layer: int, router: Router) -> Tensor:
-        """What a layer's experts say, weighted and added up [n_rows, n_embd]."""
-        total = torch.zeros(self.sequences.n_rows, self.source.spec.n_embd)
+    def _expert_sum(self, layer: int, router: Router, space: LatentSpace | None) -> Tensor:
+        """What a layer's experts say, weighted and added up [n_rows, n_embd_expert]."""
+        total = torch.zeros(self.sequences.n_rows, self.source.spec.n_embd_expert)
         with torch.no_grad():
             for expert, rows, weights in rows_by_expert(self.source.layers[layer].target, self._routing(router)):
                 if expert < 0:
@@ -221,7 +231,8 @@ class Backward:
                     continue
                 matrices = read_expert(self.source, layer, expert, self.device)
                 for some, share in zip(rows.split(_ROWS_AT_ONCE), weights.split(_ROWS_AT_ONCE), strict=True):
-                    output = matrices(router.norm(self._middle[some].to(self.device))).cpu()
+                    x = router.norm(self._middle[some].to(self.device))
+                    output = matrices(x if space is None else space.down(x)).cpu()
                     total.index_add_(0, some, share[:, None] * output)
         return total
 
@@ -239,13 +250,18 @@ class Backward:
         `has_end` through which the gradient has been taken, and what every token passes as well.
         """
         routing = self._routing(router)
-        selected, routed = routing.selected, routing.weights
-        self._by_input.zero_()
+        selected, routed, space = routing.selected, routing.weights, read_latent_space(self.source, layer, self.device)
+        by_read = self._by_input if space is None else self._by_latent
+        by_read.zero_()
+
+        def read(middle: Tensor) -> Tensor:
+            return router.norm(middle) if space is None else space.down(router.norm(middle))
+
         by_weight = torch.zeros_like(routed)
         means = torch.tensor(self.source.layers[layer].target)[selected]
         n_stored, shapes = self.source.layers[layer].n_stored, self.source.shapes
         width = max((shapes[expert_key(layer, "up", expert)][0] for expert in range(n_stored)), default=0)
-        for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd)):
+        for name, n_out in (("gate", width), ("up", width), ("down", self.source.spec.n_embd_expert)):
             self._squares[layer].declare(name, n_stored, n_out)
         for expert in means.unique().tolist():
             rows, ranks = torch.nonzero(means == expert, as_tuple=True)
@@ -253,9 +269,12 @@ class Backward:
                 key = constant_key(layer, -1 - expert)
                 by_weight[rows, ranks] = self._by_output(rows) @ read_tensor(self.source, key)
                 continue
-            matrices, mean = read_expert(self.source, layer, expert, self.device), OutputMean(self.source.spec.n_embd)
+            matrices = read_expert(self.source, layer, expert, self.device)
+            mean = OutputMean(self.source.spec.n_embd_expert)
             for some, at in zip(rows.split(_ROWS_AT_ONCE), ranks.split(_ROWS_AT_ONCE), strict=True):
-                by_weight[some, at] = self._expert(layer, expert, matrices, router.norm, some, routed[some, at], mean)
+                found = self._expert(layer, expert, matrices, read, some, routed[some, at], mean)
+                by_weight[some, at] = found[0]
+                by_read.index_add_(0, some, found[1])
             along_constant = self._by_output(rows) @ mean.constant()
             self._removals[layer].add_constant(expert, routed[rows, ranks], by_weight[rows, ranks], along_constant)
         self._removals[layer].add_skips(means, routed, by_weight)
@@ -264,7 +283,10 @@ class Backward:
         for span in self._spans():
             middle = self._middle[span].to(self.device).requires_grad_()
             x, routing = self._route(router, middle)
-            gradients = (self._by_input[span].to(self.device), by_weight[span].to(self.device))
+            gradients = (by_read[span].to(self.device), by_weight[span].to(self.device))
+            if space is not None:
+                x = space.down(x)
+                self._squares[layer].add(EXPERT_LATENT[0], gradients[0])
             self._gradient[span] += torch.autograd.grad((x, routing.weights), middle, gradients)[0].cpu()
         return torch.zeros(len(routed)) if has_end else along_shared + (routed * by_weight).sum(1)
 
@@ -277,16 +299,16 @@ class Backward:
         layer: int,
         expert: int,
         matrices: Expert,
-        norm: Norm,
+        read: Callable[[Tensor], Tensor],
         rows: Tensor,
         routed: Tensor,
         mean: OutputMean,
-    ) -> Tensor:
-        """Adds an expert's squared gradients, its outputs, and its part of the gradient by the experts' input.
+    ) -> tuple[Tensor, Tensor]:
+        """Adds an expert's squared gradients and its outputs; it `read`s something of the stream.
 
-        `routed` are the tokens' expert weights. Returns the gradient by them.
+        `routed` are the tokens' expert weights. Returns the gradients by them, and by what the expert read.
         """
-        x = norm(self._middle[rows].to(self.device)).requires_grad_()
+        x = read(self._middle[rows].to(self.device)).detach().requires_grad_()
         weights = routed.to(self.device).detach().requires_grad_()
         products = _products(matrices, x)
         down, by_output = products[-1], self._by_output(rows).to(self.device)
@@ -294,9 +316,8 @@ class Backward:
         *by_products, by_input, by_weight = gradients
         for name, gradient in zip(self._projections, by_products, strict=True):
             self._squares[layer].add(name, gradient, expert)
-        self._by_input.index_add_(0, rows, by_input.cpu())
         mean.add(routed, down.detach().cpu())
-        return by_weight.cpu()
+        return by_weight.cpu(), by_input.cpu()
 
     def _shared(self, layer: int, shared: SharedExpert, norm: Norm) -> Tensor:
         """Adds a shared expert's squared gradients, and its part of the gradient by the experts' input.
@@ -334,12 +355,11 @@ class Backward:
         norm, matrices = read_dense(self.source, layer, self.device)
         for name, linear in zip(self._projections, (*matrices.inner, matrices.down), strict=True):
             self._squares[layer].declare(name, 1, linear.weight.shape[0])
-        self._by_input.zero_()
         for rows in torch.arange(self.sequences.n_rows).split(_ROWS_AT_ONCE):
-            along[rows] = self._expert(layer, 0, matrices, norm, rows, torch.ones(len(rows)), mean)
+            along[rows], by_input = self._expert(layer, 0, matrices, norm, rows, torch.ones(len(rows)), mean)
             middle = self._middle[rows].to(self.device).requires_grad_()
             x = norm(middle)
-            by_middle = torch.autograd.grad(x, middle, self._by_input[rows].to(self.device))[0]
+            by_middle = torch.autograd.grad(x, middle, by_input.to(self.device))[0]
             self._gradient[rows] += by_middle.cpu()
         return along
 

@@ -76,10 +76,10 @@ def estimate(source: ModelSource, text: CalibrationText, settings: CalibrationSe
     begin = time.perf_counter()
     expert = read_expert(source, first, 0, settings.device)
     reading = time.perf_counter() - begin
-    x = torch.randn(_N_TOKENS, spec.n_embd, device=settings.device)
+    x = torch.randn(_N_TOKENS, spec.n_embd_expert, device=settings.device)
     with torch.no_grad():
         per_token = median_seconds(lambda: float(expert(x).sum())) / _N_TOKENS
-        n_gram = gram_size(samples.n_gram, text.n_tokens, n_stored[0], spec.n_embd) if samples.n_gram else 0
+        n_gram = gram_size(samples.n_gram, text.n_tokens, n_stored[0], spec.n_embd_expert) if samples.n_gram else 0
         seconds = {
             "read": reading * n_experts,
             "pass": n_layer * _layer_seconds(source, first, text, settings.device) + per_token * n_gram * n_experts,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slimoe.converter.forward.attention_pass import AttentionPass
-from slimoe.converter.forward.block import read_expert, read_ffn_norm
+from slimoe.converter.forward.block import read_expert, read_ffn_norm, read_latent_space
 from slimoe.converter.forward.expert import Expert
 from slimoe.converter.forward.routing import Routing
 from slimoe.converter.forward.stream import Observer
@@ -73,6 +73,7 @@ class LayerObserver(Observer):
         self._inputs = InputTotals(source, layer)
         self._similarity = SimilarityTotals()
         self._norm = read_ffn_norm(source, layer) if self._of.has_ffn else None
+        self._space = read_latent_space(source, layer)
         self._experts = _ExpertObserver(source, layer, n_rows, samples, device, n_threads) if self._of.target else None
 
     def read_expert(self, expert: int) -> Expert:
@@ -87,12 +88,12 @@ class LayerObserver(Observer):
         if self._experts is not None:
             self._experts.trace.add_attention(first_row, seen.received)
 
-    def routed(self, layer: int, first_row: int, x: Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
         """Adds a sequence's routing."""
         assert self._experts is not None
         self._check(routing.logits)
         self._inputs.add_router(x)
-        self._experts.add_routing(first_row, x, routing)
+        self._experts.add_routing(first_row, x, read, routing)
 
     def expert(self, layer: int, expert: int, rows: Tensor, x: Tensor, hidden: Tensor, weights: Tensor) -> None:
         """Adds tokens of an expert: the inputs of its matrices."""
@@ -104,6 +105,11 @@ class LayerObserver(Observer):
     def always(self, layer: int, x: Tensor, hidden: Tensor) -> None:
         """Adds tokens of a dense layer or a shared expert: the inputs of its matrices."""
         self._inputs.add_always(x, hidden)
+
+    def summed(self, layer: int, total: Tensor) -> None:
+        """Adds what the matrix behind the experts reads, where there is one."""
+        if self._space is not None:
+            self._inputs.add_sum(total)
 
     def output(self, layer: int, expert: int, rows: Tensor, weights: Tensor, output: Tensor) -> None:
         """Adds tokens of an expert: its outputs."""
@@ -118,7 +124,8 @@ class LayerObserver(Observer):
         self._similarity.add(h, middle, after, x)
         if self._experts is not None and self._experts.gram is not None:
             # What is added to the stream is scaled first in some models: experts' outputs are not, so the stream is.
-            self._experts.gram.add_middle(first_row, middle / self._source.spec.multipliers.residual)
+            stream = middle / self._source.spec.multipliers.residual
+            self._experts.gram.add_middle(first_row, self._space.taken_back(stream) if self._space else stream)
 
     def _check(self, values: Tensor) -> None:
         if not bool(values.isfinite().all()):
@@ -152,7 +159,7 @@ class _ExpertObserver:
     ) -> None:
         self._source, self._layer, self._device, self._samples = source, layer, device, samples
         self._target = np.array(source.layers[layer].target)
-        n_stored, n_row, n_embd = source.layers[layer].n_stored, len(self._target), source.spec.n_embd
+        n_stored, n_row, n_embd = source.layers[layer].n_stored, len(self._target), source.spec.n_embd_expert
         self._routing = RoutingSums(n_row, source.spec.n_expert_used)
         self._prediction = RouterPrediction(source, layer, n_rows, device)
         self.trace = TraceRows(n_rows, source.spec.n_expert_used)
@@ -169,13 +176,13 @@ class _ExpertObserver:
         self._sampled: list[tuple[Tensor, Tensor]] = []
         self._wanted, self._n_seen = np.empty(0, np.int64), 0
 
-    def add_routing(self, first_row: int, x: Tensor, routing: Routing) -> None:
-        """Adds a sequence's routing, and the inputs [n, n_embd] of its router."""
+    def add_routing(self, first_row: int, x: Tensor, read: Tensor, routing: Routing) -> None:
+        """Adds a sequence's routing, the inputs [n, n_embd] of its router, and those of its experts."""
         self._routing.add(routing)
         self._prediction.add(first_row, x)
         self.trace.add_routing(first_row, x, routing)
         if self.gram is not None:
-            self.gram.add_routing(first_row, x, routing.logits)
+            self.gram.add_routing(first_row, read, routing.logits)
 
     def read(self, expert: int, inputs: InputTotals) -> Expert:
         """Reads the matrices of the next expert, after finishing the one before it."""

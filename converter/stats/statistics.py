@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slimoe.offload.model.spec import ModelSpec
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 Int = NDArray[np.int64]
 Double = NDArray[np.float64]
@@ -108,6 +109,8 @@ class InputSums:
         """The sums of all matrices but those of the experts, by the role of the matrix."""
         found = dict.fromkeys(("attn_q", "attn_k", "attn_v"), self.attention)
         found |= {"attn_output": self.mixed, "ffn_gate_inp": self.router}
+        if EXPERT_LATENT[1] in self.others:
+            found[EXPERT_LATENT[0]] = self.router
         if "ffn_down_shexp" in self.others:
             found |= dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp"), self.router)
         return {role: sums for role, sums in (found | dict(self.others)).items() if sums.size}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from slimoe.converter.source.model_source import PROJECTIONS, ModelSource, block_key, expert_key, shared_suffix
 from slimoe.converter.stats.statistics import N_AHEAD, N_BINS, LayerStatistics, Statistics, has_plain_attention
 from slimoe.converter.stats.type_costs import priced_matrices
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 _Group = tuple[str, object, Mapping[str, str], Mapping[str, int]]
 """How the names of arrays begin, what has the arrays, their shapes, and the sizes that words in shapes stand for."""
@@ -31,7 +32,7 @@ _WHOLE: Mapping[str, str] = {
 }
 _LAYER: Mapping[str, Mapping[str, str]] = {
     "inputs": {
-        "expert": "E d",
+        "expert": "E e",
         "hidden": "E f",
         "attention": "read",
         "mixed": "mixed",
@@ -48,16 +49,16 @@ _LAYER: Mapping[str, Mapping[str, str]] = {
     "outputs": {
         **dict.fromkeys(("n_pick", "norm", "norm_square", "share_norm"), "E"),
         **dict.fromkeys(("share_square_norm_square", "largest", "share_square"), "E"),
-        **dict.fromkeys(("output", "output_square", "share_output", "share_square_output"), "E d"),
+        **dict.fromkeys(("output", "output_square", "share_output", "share_square_output"), "E e"),
     },
     "trace": {"picks": "T k", "shares": "T k", "received": "T", "norm": "T"},
     "type_errors": {"error": "types E 4"},
     "sketch": {"gram": "S n n", "logits": "S R", "rows": "S"},
     "sensitivity": {
-        "update": "d",
+        "update": "made",
         "gate": "parts f",
         "up": "parts f",
-        "down": "parts d",
+        "down": "parts made",
         **{role: f"attn_{role}" for role in ("q", "k", "v")},
         "attention": "attention",
     },
@@ -112,6 +113,8 @@ def _sizes(source: ModelSource, number: int, layer: LayerStatistics) -> dict[str
         "R": len(of.target),
         "k": spec.n_expert_used,
         "d": spec.n_embd,
+        "e": spec.n_embd_expert,
+        "made": spec.n_embd_expert if of.n_stored else spec.n_embd,
         "f": max(source.shapes[key][0] for key in ups) if n_parts else 0,
         "parts": n_parts,
         "attention": spec.n_embd if n_mixed else 0,
@@ -139,6 +142,10 @@ def _others(source: ModelSource, number: int, layer: LayerStatistics) -> Iterato
     known = {role: shape for role, shape in shapes.items() if shape is not None}
     read = {role: str(shape[1]) for role, shape in known.items() if not suffix or role == roles[-1]}
     made = {role: str(shape[0]) for role, shape in known.items() if routed}
+    for role, sizes in ((role, source.shapes.get(block_key(number, role))) for role in EXPERT_LATENT):
+        if sizes is not None:
+            made[role] = str(sizes[0])
+            read |= {role: str(sizes[1])} if role == EXPERT_LATENT[1] else {}
     if source.layers[number].has_attention and not has_plain_attention(source.spec, number):
         for role in _MIXING:
             *stack, n_out, n_in = map(str, source.shapes.get(block_key(number, role), ("", "")))

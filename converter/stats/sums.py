@@ -21,6 +21,7 @@ from slimoe.converter.stats.statistics import (
     TokenTrace,
     has_plain_attention,
 )
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 
 class OutputTotals:
@@ -85,7 +86,7 @@ class InputTotals:
     def __init__(self, source: ModelSource, layer: int) -> None:
         spec, of = source.spec, source.layers[layer]
         self._is_plain = of.has_attention and has_plain_attention(spec, layer)
-        self._expert = np.zeros((of.n_stored, spec.n_embd))
+        self._expert = np.zeros((of.n_stored, spec.n_embd_expert))
         self._n_ff = [expert_width(source, layer, expert) for expert in range(of.n_stored)]
         self._inner = spec.architecture.projections[:-1]
         self._hidden = np.zeros((of.n_stored, max(self._n_ff, default=0)))
@@ -126,6 +127,10 @@ class InputTotals:
             read = {f"ffn_{name}": x for name in self._inner} | read
         for role, values in read.items():
             self._others[role] = self._others.get(role, 0.0) + column_squares(values)
+
+    def add_sum(self, total: Tensor) -> None:
+        """Adds tokens of the matrix behind the experts, which reads their sum; that before them reads the router's."""
+        self._others[EXPERT_LATENT[1]] = self._others.get(EXPERT_LATENT[1], 0.0) + column_squares(total)
 
     def of_expert(self, expert: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The sums so far of the inputs of one expert [n_embd], and of its down [n_ff]."""
@@ -228,6 +233,8 @@ def gram_size(n_sample: int, n_rows: int, n_stored: int, n_embd: int) -> int:
 class GramRows:
     """Gathers one layer's `GramSample`: inputs of the sampled `rows` first, then every expert's outputs for them.
 
+    Where experts write fewer values than the stream has, it is what experts would write for the stream.
+
     The Gram matrix holds all inner products of what a policy could add to a token's residual stream. The squared error
     of any linear combination of these vectors (fewer experts, skipped ones, constant ones in their place) follows from
     it, without the model.
@@ -241,7 +248,7 @@ class GramRows:
         self._missing = set(range(n_stored))
 
     def add_routing(self, first_row: int, x: Tensor, logits: Tensor) -> None:
-        """Adds a sequence's normalised inputs, and the router's logits."""
+        """Adds what a sequence's experts read, and the router's logits."""
         sampled, own = self._sampled(first_row, len(x))
         self._x[sampled], self._logits[sampled] = x[own.to(x.device)].cpu(), logits[own.to(x.device)].cpu()
 

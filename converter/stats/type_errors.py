@@ -76,7 +76,7 @@ class TypeErrorTable:
 
     def __init__(self, source: ModelSource, layer: int, types: Sequence[str], n_rows: int, n_threads: int) -> None:
         self._source, self._layer, self._n_threads = source, layer, n_threads
-        self._n_rows = sampled_rows(n_rows, source.spec.n_embd, source.spec.layer_shape(layer).n_ff)
+        self._n_rows = sampled_rows(n_rows, source.spec.n_embd_expert, source.spec.layer_shape(layer).n_ff)
         self.types = tuple(types)
         self.error = np.zeros((len(types), source.layers[layer].n_stored, 4))
 

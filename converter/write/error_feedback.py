@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slimoe.converter.forward.block import read_expert, read_output_norm, read_router
+from slimoe.converter.forward.block import read_expert, read_latent_space, read_output_norm, read_router
 from slimoe.converter.forward.expert import Expert, Linear, SharedExpert
 from slimoe.converter.forward.routing import Router, route
 from slimoe.converter.forward.stream import Sequences, rows_by_expert
@@ -34,6 +34,7 @@ from slimoe.converter.write.feedback_time import ATTENTION_INPUT, N_TOKENS, inpu
 from slimoe.converter.write.layer_pass import LayerPass
 from slimoe.converter.write.matrix import read_matrix
 from slimoe.converter.write.quantiser import PlainQuantiser
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 _REFIT_TOKENS = 2048
 _FEW = 256
@@ -200,6 +201,10 @@ class FeedbackQuantiser:
             return None
         if matrix.key.expert >= 0:
             return self._expert_sums(matrix)
+        if role == EXPERT_LATENT[0]:
+            return _Sums.of(*(one.input() for one in passes))
+        if role == EXPERT_LATENT[1]:
+            return _Sums.of(*(one.expert_sum() for one in passes))
         if not is_attention(role):
             inputs = [_always(one).reads(one.input()) for one in passes]
             if role.startswith("ffn_down"):
@@ -230,7 +235,7 @@ class FeedbackQuantiser:
         own = expert_weights * ((1 - part) / expert_weights.square().sum().clamp(min=1e-12)).sqrt()
         others = torch.full((len(anyone),), (part / len(anyone)) ** 0.5)
         all_rows, scales = torch.cat((rows, anyone)), torch.cat((own, others))[:, None]
-        inputs = [one.input()[all_rows] for one in (self._now, self._before)]
+        inputs = [one.expert_input()[all_rows] for one in (self._now, self._before)]
         if matrix.projection == "down":
             experts = self._now.expert(number), self._before.expert(number)
             inputs = [expert.hidden(x) for expert, x in zip(experts, inputs, strict=True)]
@@ -268,9 +273,11 @@ class FeedbackQuantiser:
         """F32 either way: fitted so that the mix of the result's experts is near that of the source's."""
         fitted = weights
         if self._plan.refit:
-            x = self._now.input()
-            x = x[:: max(1, len(x) // _REFIT_TOKENS)]
-            outputs = torch.stack([self._now.output(expert, x) for expert in self._state.plan.target], 1)
+            x, read = self._now.input(), self._now.expert_input()
+            step = max(1, len(x) // _REFIT_TOKENS)
+            x, read = x[::step], read[::step]
+            outputs = torch.stack([self._now.output(expert, read) for expert in self._state.plan.target], 1)
+            outputs = self._now.lifted(outputs)
             router = replace(self._now.router(), weight=torch.from_numpy(weights.copy()))
             fitted = refit(x, outputs, self._wanted(x), router, self._source.spec).weight
             self._state.router = replace(router, weight=torch.from_numpy(fitted))
@@ -281,12 +288,15 @@ class FeedbackQuantiser:
         block = self._state.plan.block
         router = read_router(self._source, block)
         assert router is not None
-        result = torch.zeros_like(x)
-        routing = route(router, self._source.spec, x)
+        space = read_latent_space(self._source, block)
+        read = x if space is None else space.down(x)
+        result, routing = torch.zeros_like(read), route(router, self._source.spec, x)
         for expert, rows, expert_weights in rows_by_expert(self._source.layers[block].target, routing):
             if expert >= 0:
-                result.index_add_(0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(x[rows]))
-        return result
+                result.index_add_(
+                    0, rows, expert_weights[:, None] * read_expert(self._source, block, expert)(read[rows])
+                )
+        return result if space is None else space.up(result)
 
 
 def _always(one: LayerPass) -> SharedExpert:

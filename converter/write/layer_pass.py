@@ -13,6 +13,7 @@ from slimoe.converter.forward.block import (
     read_dense,
     read_end,
     read_ffn_norm,
+    read_latent_space,
     read_router,
     read_shared,
     read_tensor,
@@ -37,6 +38,7 @@ class LayerPass:
         self._values, self._sequences, self._plan, self.h, self.expert = values, sequences, plan, h, expert
         self._middle: Tensor | None = None
         self._input: Tensor | None = None
+        self._expert_input: Tensor | None = None
         self._routing: Routing | None = None
 
     def attention_input(self) -> Tensor:
@@ -65,6 +67,27 @@ class LayerPass:
         if self._input is None:
             self._input = read_ffn_norm(self._values, self._plan.block)(self.middle())
         return self._input
+
+    def expert_input(self) -> Tensor:
+        """What the layer's experts read, which is less than its router does where a matrix is between."""
+        if self._expert_input is None:
+            space = read_latent_space(self._values, self._plan.block)
+            self._expert_input = self.input() if space is None else space.down(self.input())
+        return self._expert_input
+
+    def expert_sum(self, router: Router | None = None) -> Tensor:
+        """The weighted sums of the layer's experts; `router` selects them if it is not the plan's."""
+        x, read = self.input(), self.expert_input()
+        routing = self.routing() if router is None else route(router, self._values.spec, x)
+        total = torch.zeros_like(read)
+        for expert, rows, expert_weights in rows_by_expert(self._plan.target, routing):
+            total.index_add_(0, rows, expert_weights[:, None] * self.output(expert, read[rows]))
+        return total
+
+    def lifted(self, experts: Tensor) -> Tensor:
+        """What is added to the stream for sums of experts, or for single ones [..., n_embd_expert]."""
+        space = read_latent_space(self._values, self._plan.block)
+        return experts if space is None else space.up(experts)
 
     def router(self) -> Router:
         """The router as it is in the plan."""
@@ -96,7 +119,7 @@ class LayerPass:
         return SharedExpert(read_dense(self._values, plan.block)[1]) if shared is None else shared
 
     def output(self, expert: int, x: Tensor) -> Tensor:
-        """What a stored expert, or the constant of number -1 - `expert`, answers to inputs `x` [n, n_embd]."""
+        """What a stored expert, or the constant of number -1 - `expert`, answers to inputs `x` [n, n_embd_expert]."""
         if expert >= 0:
             return self.expert(expert)(x)
         constants = self._plan.constants
@@ -111,11 +134,7 @@ class LayerPass:
         """The stream behind the layer; `router` selects the experts if it is not the plan's."""
         update, end = None, read_end(self._values, self._plan.block)
         if self._plan.rows:
-            x = self.input()
-            routing = self.routing() if router is None else route(router, self._values.spec, x)
-            update = torch.zeros_like(x)
-            for expert, rows, expert_weights in rows_by_expert(self._plan.target, routing):
-                update.index_add_(0, rows, expert_weights[:, None] * self.output(expert, x[rows]))
+            update = self.lifted(self.expert_sum(router))
         always, middle = self.always(), self.middle()
         if end is not None:
             passed = None if always is None else always(self.input())

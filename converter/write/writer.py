@@ -32,6 +32,7 @@ from slimoe.converter.write.matrix import (
 from slimoe.converter.write.quantiser import PlainQuantiser, Quantiser, statistics_importance
 from slimoe.offload.errors import ModelFileError, UsageError
 from slimoe.offload.files.whole_file import Destination
+from slimoe.offload.model.tensor_list import EXPERT_LATENT
 
 _COPY_BYTES = 1 << 24
 _CHUNK_WEIGHTS = 1 << 22
@@ -235,7 +236,9 @@ def _use(matrix: Matrix) -> tuple[int, ...]:
     """Sorts a layer's matrices into the order that `Quantiser` promises."""
     if matrix.key.expert >= 0:
         return 1, matrix.copy, matrix.key.expert, PROJECTIONS.index(matrix.projection)
-    return (2,) if "ffn_gate_inp" in matrix.key.name else (0,)
+    if layer_and_role(matrix.key.name)[1] == EXPERT_LATENT[1]:  # It reads the experts' sum.
+        return (2,)
+    return (3,) if "ffn_gate_inp" in matrix.key.name else (0,)
 
 
 def _plain_quantiser(plan: CompressPlan, statistics: Statistics | None, n_threads: int) -> PlainQuantiser:

@@ -173,9 +173,10 @@ def tiered_compute_bytes(spec: ModelSpec, n_masked: int, n_batch: int, n_ff: int
 
     `n_masked` are the cells of a token's row in all masks.
     """
-    n_used, d = max(1, spec.n_expert_used), spec.n_embd
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masked + 8 * max(1, spec.n_expert) + 40)
+    n_used, d, d_expert = max(1, spec.n_expert_used), spec.n_embd, spec.n_embd_expert
+    exchange = n_batch * (4 * (d + d_expert * (1 + n_used)) + 2 * n_masked + 8 * max(1, spec.n_expert) + 40)
     n_attention = max(of.n_at_once for of in spec.attentions)
-    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + spec.n_vocab)
-    expert = 4 * max(n_batch, n_used) * (3 * n_ff + 3 * d)
+    n_around = 4 * spec.n_expert_aux * d_expert + 2 * spec.experts.n_latent
+    segment = 4 * (n_batch * (6 * d + n_around + n_attention) + spec.n_vocab)
+    expert = 4 * max(n_batch, n_used) * (3 * n_ff + 3 * d_expert)
     return exchange + segment + expert + (2 << 20)

@@ -15,7 +15,7 @@ from slimoe.offload.lossy.decision import SKIPPED
 from slimoe.offload.model.experts import ExpertLayer
 
 ConstantExperts = Mapping[int, NDArray[np.float32]]
-"""The vectors [n_constant, n_embd] of each layer that has any."""
+"""The vectors [n_constant, n_embd_expert] of each layer that has any."""
 
 
 def read_constant_experts(gguf: GGUFFile, layers: Sequence[ExpertLayer | None]) -> ConstantExperts:
@@ -49,7 +49,7 @@ def write_constant_experts(
     if not columns.size:
         return
     weights = exchange.read("expert_weights", *selected.shape).reshape(-1)
-    values = np.zeros((columns.size, exchange.shape.n_embd), np.float32)
+    values = np.zeros((columns.size, exchange.shape.n_embd_expert), np.float32)
     is_constant = flat[columns] != SKIPPED
     if is_constant.any():
         assert constants is not None, "the layer has no constant experts"

@@ -68,7 +68,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A graph and its inputs: `numbers` I32, and `rows` F32 [n_embd, n_rows] if it has any."""
+    """A graph and its inputs: `numbers` I32, and `rows` F32 [n_embd_expert, n_rows] if it has any."""
 
     graph: int
     numbers: int
@@ -138,7 +138,7 @@ class SlotGraphs:
         return self._backend.mark()
 
     def write(self, columns: NDArray[np.integer[Any]], rows: NDArray[np.float32]) -> None:
-        """Puts rows [n, n_embd] that were computed elsewhere into these columns, after what has begun."""
+        """Puts rows [n, n_embd_expert] that were computed elsewhere into these columns, after what has begun."""
         self._settle()
         prepared = self._graphs.get(_Rows(len(columns)))
         self._send(prepared.numbers, columns.astype(np.int32))
@@ -163,9 +163,9 @@ class SlotGraphs:
 
     def _add_rows(self, ctx: int, graph: int, shape: _Rows) -> _Prepared:
         sizes, n = self._exchange.shape, shape.n_rows
-        numbers, rows = add_input(ctx, n), add_input(ctx, n * sizes.n_embd, Type.F32)
-        outputs = self._exchange.view(ctx, "outputs", (sizes.n_embd, sizes.n_used * sizes.n_tokens))
-        written = ggml.ggml_set_rows(ctx, outputs, ggml.ggml_reshape_2d(ctx, rows, sizes.n_embd, n), numbers)
+        numbers, rows = add_input(ctx, n), add_input(ctx, n * sizes.n_embd_expert, Type.F32)
+        outputs = self._exchange.view(ctx, "outputs", (sizes.n_embd_expert, sizes.n_used * sizes.n_tokens))
+        written = ggml.ggml_set_rows(ctx, outputs, ggml.ggml_reshape_2d(ctx, rows, sizes.n_embd_expert, n), numbers)
         ggml.ggml_build_forward_expand(graph, written)
         return _Prepared(graph, numbers, rows)
 

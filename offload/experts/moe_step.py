@@ -194,7 +194,7 @@ class MoEStep:
             hosts.ravel()[one.columns] = _ELSEWHERE
         on_host = np.flatnonzero(hosts >= 0)
         if on_host.size:
-            host.write("normed", exchange.read("normed", n_rows, shape.n_embd))
+            host.write("normed", exchange.read("normed", n_rows, shape.n_embd_expert))
             host.write("expert_weights", exchange.read("expert_weights", n_rows, shape.n_used))
         if there.size:
             device.begin(index, there, columns[is_there], n_rows, is_token=n_rows == 1 and not banks.may_repeat)
@@ -202,7 +202,7 @@ class MoEStep:
             elsewhere = np.append(there, [one.key[1] for one in streamed]) if streamed else there
             self._host_experts.run(index, hosts, copies, early_logits, is_cancelled, elsewhere)
         if on_host.size:
-            device.write(on_host, host.read("outputs", int(on_host[-1]) + 1, shape.n_embd)[on_host])
+            device.write(on_host, host.read("outputs", int(on_host[-1]) + 1, shape.n_embd_expert)[on_host])
 
     def _early_logits(self, segment: Segment) -> EarlyLogits:
         """What the routers of later layers say to this layer's input."""

@@ -55,7 +55,7 @@ class PairBuilder:
     """Adds pairs of a step of `n_tokens` tokens to a graph."""
 
     def __init__(self, ctx: int, graph: int, exchange: Exchange, n_tokens: int) -> None:
-        self._ctx, self._graph, self._n_embd = ctx, graph, exchange.shape.n_embd
+        self._ctx, self._graph, self._n_embd = ctx, graph, exchange.shape.n_embd_expert
         n_used, n_columns = exchange.shape.n_used, exchange.shape.n_used * n_tokens
         self._normed = exchange.view(ctx, "normed", (self._n_embd, n_tokens))
         weights = exchange.view(ctx, "expert_weights", (n_used, n_tokens))

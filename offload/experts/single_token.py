@@ -31,7 +31,7 @@ _TOLD_EVERY = 8
 
 def single_token_bytes(spec: ModelSpec, layers: Sequence[ExpertLayer | None]) -> int:
     """An upper estimate of the memory that such steps take, without one token's intermediate results."""
-    tables = sum(LayerTable.n_bytes_of(layer, spec.n_embd) for layer in layers if layer is not None)
+    tables = sum(LayerTable.n_bytes_of(layer, spec.n_embd_expert) for layer in layers if layer is not None)
     graphs = _MAX_GRAPHS * graph_bytes(spec, is_looked_up=True)
     return tables + graphs
 
@@ -98,7 +98,7 @@ class SingleTokenSteps:
         self._host_pool, self._n_resized = host_pool, host_pool.n_resized
         self._tables = {index: LayerTable.of(layer, constants.get(index)) for index, layer in self._layers.items()}
         activation = spec.architecture.activation
-        self._lookup = ExpertLookup(part.backend, spec.n_embd, spec.n_expert_used, activation, self._tables)
+        self._lookup = ExpertLookup(part.backend, spec.n_embd_expert, spec.n_expert_used, activation, self._tables)
         self._told = _Told(self._layers, *told)
         self._is_ready = self._write_tables()
         self._runner = Runner(

@@ -30,9 +30,13 @@ _DTYPES: dict[int, type[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class ExchangeShape:
-    """The sizes of the largest step: `n_used` of `n_expert` experts selected, `prefetch_depth` routers asked early."""
+    """The sizes of the largest step: `n_used` of `n_expert` experts selected, `prefetch_depth` routers asked early.
+
+    The residual stream has `n_embd` values, what experts read and write `n_embd_expert`.
+    """
 
     n_embd: int
+    n_embd_expert: int
     n_tokens: int
     n_cells: int
     n_expert: int
@@ -55,11 +59,12 @@ class Exchange:
 
     tokens, positions I32, cells and window_cells I64 and temperatures F32 [n_tokens], mask F16 [n_cells * n_tokens]
     and window_mask [n_window_cells * n_tokens], of one element where no layer has a window: what a step reads.
-    residual, normed F32 [n_embd * n_tokens]: a block's state before its experts, and their input.
+    residual F32 [n_embd * n_tokens], normed F32 [n_embd_expert * n_tokens]: a block's state before its experts, and
+    their input.
     expert_weights F32 [n_used * n_tokens], ranked I32 [n_expert * n_tokens]: the router's selection, best first, and
     aux_weights F32 [n_aux * n_tokens], the weights of those for which vectors stand.
     early_logits F32 [n_expert * prefetch_depth]: what later layers' routers say to this layer's input.
-    outputs F32 [n_embd * n_used * n_tokens]: each selected expert's weighted output, in the router's order.
+    outputs F32 [n_embd_expert * n_used * n_tokens]: each selected expert's weighted output, in the router's order.
 
     On a device normed, expert_weights, ranked and early_logits have second tensors for a step of one row, one behind
     the other. Views and arrays of one row are of these, and `fetch_token` reads them all.
@@ -67,7 +72,7 @@ class Exchange:
 
     def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
         self._backend, self.shape, self.is_host = backend, shape, backend.is_host
-        n_tokens, n_embd = shape.n_tokens, shape.n_embd
+        n_tokens, n_embd, n_embd_expert = shape.n_tokens, shape.n_embd, shape.n_embd_expert
         wanted = {
             "tokens": (Type.I32, n_tokens),
             "positions": (Type.I32, n_tokens),
@@ -77,7 +82,7 @@ class Exchange:
             "mask": (Type.F16, shape.n_cells * n_tokens),
             "window_mask": (Type.F16, max(1, shape.n_window_cells * n_tokens)),
             "residual": (Type.F32, n_embd * n_tokens),
-            "normed": (Type.F32, n_embd * n_tokens),
+            "normed": (Type.F32, n_embd_expert * n_tokens),
             "expert_weights": (Type.F32, shape.n_used * n_tokens),
             "states_from": (Type.I32, max(1, shape.n_state_rows)),
             "states_to": (Type.I64, max(1, shape.n_state_rows)),
@@ -85,10 +90,10 @@ class Exchange:
             "aux_weights": (Type.F32, max(1, shape.n_aux * n_tokens)),
             "ranked": (Type.I32, shape.n_expert * n_tokens),
             "early_logits": (Type.F32, max(1, shape.n_expert * shape.prefetch_depth)),
-            "outputs": (Type.F32, n_embd * shape.n_used * n_tokens),
+            "outputs": (Type.F32, n_embd_expert * shape.n_used * n_tokens),
         }
         if not self.is_host:
-            widths = n_embd, shape.n_used, shape.n_expert, wanted["early_logits"][1]
+            widths = n_embd_expert, shape.n_used, shape.n_expert, wanted["early_logits"][1]
             of_token = zip(_OF_TOKEN, widths, strict=True)
             wanted |= {_token_name(name): (wanted[name][0], width) for name, width in of_token}
         self._ctx = ggml.ggml_init(ggml.InitParams((1 + len(wanted)) * ggml.ggml_tensor_overhead() + 1024, None, True))

@@ -65,6 +65,11 @@ def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture
     return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
 
 
+def expert_input(ctx: int, layer: LayerWeights, normed: int) -> int:
+    """What a layer's experts read, [n_embd_expert, n_rows]: the feed-forward part's input, or fewer values of it."""
+    return add_linear(ctx, layer.expert_latent[0], normed) if layer.expert_latent else normed
+
+
 def layer_extras(ctx: int, architecture: Architecture, layer: LayerWeights | None, ids: int = 0) -> ExpertExtras:
     """The extras of a layer whose selected experts are `ids`, where these are known; None has no vectors."""
     if layer is None:
@@ -80,10 +85,10 @@ def layer_extras(ctx: int, architecture: Architecture, layer: LayerWeights | Non
 def add_expert_ffn(
     ctx: int, gate_up: Sequence[int], down: int, rows: int, ids: int, extras: ExpertExtras = NO_EXTRAS
 ) -> int:
-    """The outputs of the selected experts, [n_embd, n_selected, n_rows], not yet weighted.
+    """The outputs of the selected experts, [n_embd_expert, n_selected, n_rows], not yet weighted.
 
-    `gate_up` are two stacks of matrices, or a joined one, gate first, or that of up alone; `rows` [n_embd, 1, n_rows]
-    are the inputs, `ids` I32 [n_selected, n_rows] the places of the selected experts in the stacks.
+    `gate_up` are two stacks of matrices, or a joined one, gate first, or that of up alone; `rows` are the inputs,
+    [n_embd_expert, 1, n_rows], `ids` I32 [n_selected, n_rows] the places of the selected experts in the stacks.
     """
     projected = [_add_product(ctx, stack, rows, ids, extras, place) for place, stack in enumerate(gate_up)]
     return _add_product(ctx, down, add_activation(ctx, projected, extras.activation), ids, extras, _DOWN)

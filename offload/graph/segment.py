@@ -14,7 +14,8 @@ from typing import Literal
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.exchange import Exchange
-from slimoe.offload.graph.linear import add_scaled
+from slimoe.offload.graph.expert_ffn import expert_input
+from slimoe.offload.graph.linear import add_norm, add_scaled
 from slimoe.offload.graph.recurrent import StateViews
 from slimoe.offload.graph.router import Selection, add_choice, add_router, router_input
 from slimoe.offload.graph.step import BlockBuilder, new_graph
@@ -119,11 +120,12 @@ def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) ->
     """What the first layer of a segment reads, [n_embd, n_rows]."""
     ctx, spec = blocks.ctx, blocks.spec
     if segment.summed >= 0:
-        n_used, n_rows, row_bytes = spec.n_expert_used, blocks.n_rows(segment.summed), 4 * spec.n_embd
+        n_used, n_rows, length = spec.n_expert_used, blocks.n_rows(segment.summed), spec.n_embd_expert
         outputs = ggml.ggml_view_3d(
-            ctx, exchange.tensor("outputs"), spec.n_embd, n_used, n_rows, row_bytes, row_bytes * n_used, 0
+            ctx, exchange.tensor("outputs"), length, n_used, n_rows, 4 * length, 4 * length * n_used, 0
         )
-        normed, residual = (exchange.view(ctx, name, (spec.n_embd, n_rows)) for name in ("normed", "residual"))
+        residual = exchange.view(ctx, "residual", (spec.n_embd, n_rows))
+        normed = _shared_input(blocks, exchange, segment.summed, residual)
         ranked = exchange.view(ctx, "ranked", (spec.layer_shape(segment.summed).n_expert, n_rows))
         aux = exchange.view(ctx, "aux_weights", (spec.n_expert_aux, n_rows)) if spec.n_expert_aux else 0
         return blocks.add_experts(segment.summed, outputs, normed, residual, Selection(ranked, 0, aux))
@@ -136,6 +138,15 @@ def _first_hidden(blocks: BlockBuilder, exchange: Exchange, segment: Segment) ->
     return int(ggml.ggml_scale(ctx, residual, 1.0))
 
 
+def _shared_input(blocks: BlockBuilder, exchange: Exchange, index: int, residual: int) -> int:
+    """What the shared expert of a layer reads, which is what the others read unless these read fewer values."""
+    spec, layer = blocks.spec, blocks.weights.layers[index]
+    if not layer.expert_latent:
+        return exchange.view(blocks.ctx, "normed", (spec.n_embd, blocks.n_rows(index)))
+    assert layer.ffn_norm is not None
+    return add_norm(blocks.ctx, residual, layer.ffn_norm, spec.rms_eps)
+
+
 def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, hidden: int) -> None:
     """Hands out the residual stream, the experts' input, the router's selection, and what later routers say to it."""
     ctx, spec, n_rows = blocks.ctx, blocks.spec, blocks.n_rows(segment.last)
@@ -146,7 +157,7 @@ def _add_selection(blocks: BlockBuilder, exchange: Exchange, segment: Segment, h
     selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
     n_expert = int(ggml.tensor_at(selection.ranked).ne[0])
     _hand_out(blocks, exchange, hidden, "residual", (spec.n_embd, n_rows))
-    _hand_out(blocks, exchange, normed, "normed", (spec.n_embd, n_rows))
+    _hand_out(blocks, exchange, expert_input(ctx, layer, normed), "normed", (spec.n_embd_expert, n_rows))
     _hand_out(blocks, exchange, selection.weights, "expert_weights", (spec.n_expert_used, n_rows))
     if selection.aux_weights:
         _hand_out(blocks, exchange, selection.aux_weights, "aux_weights", (spec.n_expert_aux, n_rows))

@@ -20,6 +20,7 @@ from slimoe.offload.graph.expert_ffn import (
     add_expert_ffn,
     add_expert_sum,
     add_shared_expert,
+    expert_input,
     layer_extras,
 )
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
@@ -197,11 +198,11 @@ class BlockBuilder:
         if self.ranked is not None:
             ggml.ggml_set_output(selection.ranked)
             self.ranked.append((index, selection.ranked))
-        ids = select_experts(ctx, spec, selection.ranked)
+        ids, read = select_experts(ctx, spec, selection.ranked), expert_input(ctx, layer, normed)
         if self.lookup is not None and index in self.lookup:
-            outputs = self.lookup.add(ctx, self.graph, index, normed, ids)
+            outputs = self.lookup.add(ctx, self.graph, index, read, ids)
         else:
-            rows = ggml.ggml_reshape_3d(ctx, normed, spec.n_embd, 1, ggml.tensor_at(normed).ne[1])
+            rows = ggml.ggml_reshape_3d(ctx, read, spec.n_embd_expert, 1, ggml.tensor_at(read).ne[1])
             stacks = [part.weight for part in layer.gate_up]
             extras = layer_extras(ctx, spec.architecture, layer, ids)
             outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
@@ -210,14 +211,16 @@ class BlockBuilder:
 
     def add_experts(self, index: int, outputs: int, normed: int, hidden: int, selection: Selection) -> int:
         """The end of a block of experts, [n_embd, n_rows]: the residual stream `hidden`, the weighted `outputs`
-        [n_embd, n_expert_used, n_rows] of the computed experts, what stands for others that are selected, and the
-        shared expert's output for the input `normed`.
+        [n_embd_expert, n_expert_used, n_rows] of the computed experts, what stands for others that are selected, and
+        the shared expert's output for the input `normed`.
         """
         ctx, layer = self.ctx, self.weights.layers[index]
         update, shared = add_expert_sum(ctx, outputs), layer.shared
         if selection.aux_weights:
             ids = aux_experts(ctx, self.spec, selection.ranked)
             update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights)
+        if layer.expert_latent:
+            update = add_linear(ctx, layer.expert_latent[1], update)
         update = self._normed(update, layer.post.experts)
         if shared is not None:
             read = self._normed(hidden, shared.norm) if shared.norm else normed

@@ -114,6 +114,7 @@ class LayerWeights:
     recurrent: RecurrentWeights | None = None
     router_scale: int = 0
     post: PostWeights = PostWeights()
+    expert_latent: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +374,7 @@ def load_weights(
             recurrent=_recurrent_weights(source.recurrent, weight) if source.recurrent else None,
             router_scale=weight(source.router_scale),
             post=PostWeights(*map(weight, source.post.parts)),
+            expert_latent=tuple(linear(part) for part in source.expert_latent),
         )
 
     return ModelWeights(

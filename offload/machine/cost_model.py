@@ -262,8 +262,9 @@ class _Setting:
             seconds += (by_device + by_cpu) * max(0.0, self.main.overheads.graph_seconds - link.round_trip)
             if n_tokens > 1:
                 seconds += 2 * by_cpu * link.round_trip
-            n_read = n_tokens * (load.n_expert + load.n_used + load.n_embd * (by_cpu if n_tokens > 1 else 1.0))
-            seconds += 4 * n_read / link.from_device + 4 * load.n_embd * n_selected * (1 - share) / link.to_device
+            length, n_written = load.n_embd_expert, n_selected * (1 - share)
+            n_read = n_tokens * (load.n_expert + load.n_used + length * (by_cpu if n_tokens > 1 else 1.0))
+            seconds += 4 * n_read / link.from_device + 4 * length * n_written / link.to_device
         return seconds
 
 

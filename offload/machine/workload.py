@@ -18,14 +18,15 @@ class Workload:
 
     `dense` are the matrices that every token is multiplied with, `output` is the one for tokens whose logits are
     wanted, and `expert` is one expert, averaged over all. `read_bytes` is what is read for an expert that is in no
-    memory. A token has `n_vocab` logits. `windows` are the tokens that each of the attention layers sees at most, 0 for
-    all before it; without any, all layers see all.
+    memory. A token has `n_vocab` logits; experts read and write `n_embd_expert` values of it. `windows` are the tokens
+    that each of the attention layers sees at most, 0 for all before it; without any, all layers see all.
     """
 
     n_layer: int
     attention_layers: tuple[int, ...]
     routed_layers: tuple[int, ...]
     n_embd: int
+    n_embd_expert: int
     n_expert: float
     n_used: int
     dense: Matrices
@@ -52,6 +53,7 @@ def workload(spec: ModelSpec, sources: ModelSources, layers: Sequence[ExpertLaye
         attention_layers=spec.attention_layers,
         routed_layers=tuple(index for index, layer in enumerate(layers) if layer),
         n_embd=spec.n_embd,
+        n_embd_expert=spec.n_embd_expert,
         n_expert=sum(len(layer.experts) for layer in routed) / max(1, len(routed)),
         n_used=max((layer.n_expert_used for layer in routed), default=0),
         dense=_sums(layer_matrices(sources), is_expert=False),

@@ -85,6 +85,7 @@ When = Literal[
     "router",
     "dense",
     "experts",
+    "latent_experts",
     "shared",
     "mtp",
 ]
@@ -184,6 +185,11 @@ class Architecture:
     def has_mtp(self) -> bool:
         """Whether a block behind the layers, with attention and experts as they have, may predict a further token."""
         return any(role.when == "mtp" for role in self.tensors)
+
+    @property
+    def has_latent_experts(self) -> bool:
+        """Whether experts may stand between projections to fewer values and back, as the key `moe_latent_size` says."""
+        return any(role.when == "latent_experts" for role in self.tensors)
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -274,7 +274,7 @@ LFM2MOE = Architecture(
 )
 NEMOTRON_H_MOE = Architecture(
     name="nemotron_h_moe",
-    models="Nemotron 3 Nano",
+    models="Nemotron 3 Nano and Super",
     tensors=(
         *BEGIN,
         *MAMBA2,
@@ -295,7 +295,6 @@ NEMOTRON_H_MOE = Architecture(
     activation="relu2",
     recurrence="mamba2",
     eps_keys=("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
-    absent=(("moe_latent_size", "experts between projections to fewer values, as Nemotron 3 Super has"),),
 )
 BAILINGMOE2 = Architecture(
     name="bailingmoe2",

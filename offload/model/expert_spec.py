@@ -34,7 +34,8 @@ class ExpertSpec:
     Their weights are scaled to a sum of 1 if `renormalise`, and then multiplied by `weights_scale`; None, as for
     `score`, is the architecture's own way. Experts stand in `n_group` groups, of which a token selects `n_group_used`
     first. `n_ff_shared` is the width of the shared expert, 0 without one. With 0 experts the model is dense. `layers`
-    has every layer's shape, and is empty where all layers are alike.
+    has every layer's shape, and is empty where all layers are alike. Where experts read and write fewer values than the
+    residual stream has, between projections, `n_latent` are these; 0 is for none.
 
     With compressed experts (native files only) the router selects `n_selected` experts, of which the first
     `n_expert_used` are computed, the main ones, and vectors stand for the others; 0 is for none of these. Where weights
@@ -51,6 +52,7 @@ class ExpertSpec:
     n_group_used: int = 1
     n_ff_shared: int = 0
     n_selected: int = 0
+    n_latent: int = 0
 
 
 def read_experts(
@@ -93,6 +95,7 @@ def read_experts(
         n_group_used=n_group_used,
         n_ff_shared=_shared_width(keys, architecture, width, is_native=is_native) if max(counts) else 0,
         n_selected=n_selected,
+        n_latent=keys.count("moe_latent_size", 0) if architecture.has_latent_experts else 0,
     )
     return spec, width
 
@@ -207,6 +210,8 @@ def expert_metadata(
         values |= {"expert_group_count": spec.n_group, "expert_group_used_count": spec.n_group_used}
     if spec.n_ff_shared:
         values["expert_shared_feed_forward_length"] = spec.n_ff_shared
+    if spec.n_latent:
+        values["moe_latent_size"] = spec.n_latent
     if is_native:
         if spec.n_selected:
             values["expert_selected_count"] = spec.n_selected

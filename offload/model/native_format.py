@@ -179,10 +179,10 @@ class _LayerCheck:
         """Raises ModelFileError for the first thing that is wrong."""
         constants = self.gguf.tensors.get(constants_name(self.index))
         n_constant, n_stored, target = constants.ne[-1] if constants else 0, len(self.layer.buckets), self.layer.target
-        wanted = GGMLQuantizationType.F32, (self.spec.n_embd, n_constant)
+        wanted = GGMLQuantizationType.F32, (self.spec.n_embd_expert, n_constant)
         if constants and (constants.type, constants.ne) != wanted:
             found = f"{constants.type.name} {constants.ne}"
-            self._refuse(f"tensor {constants.name} is {found}, not F32 [{self.spec.n_embd}, n]")
+            self._refuse(f"tensor {constants.name} is {found}, not F32 [{self.spec.n_embd_expert}, n]")
         for row, value in enumerate(target):
             if not -n_constant <= value < n_stored:
                 stored = f"{n_stored} experts and {n_constant} constants are stored"
@@ -214,7 +214,8 @@ class _LayerCheck:
         width = first.ne[1] if len(first.ne) == 3 else 0
         if not 0 < width <= self.spec.layer_shape(self.index).n_ff:
             self._refuse(f"tensor {first.name} has the shape {first.ne}, which is none of experts of this layer")
-        wide, tall = (self.spec.n_embd, width, n_slot), (width, self.spec.n_embd, n_slot)
+        n_embd = self.spec.n_embd_expert
+        wide, tall = (n_embd, width, n_slot), (width, n_embd, n_slot)
         for stack, ne in zip(stacks, (*[wide] * (len(stacks) - 1), tall), strict=True):
             if stack.ne != ne:
                 self._refuse(f"tensor {stack.name} has the shape {stack.ne}, but {ne} belongs to expert.bucket")

@@ -166,6 +166,11 @@ class ModelSpec:
         return self.experts.n_selected or self.experts.n_expert_used
 
     @property
+    def n_embd_expert(self) -> int:
+        """The number of values that experts read and write."""
+        return self.experts.n_latent or self.n_embd
+
+    @property
     def n_expert_aux(self) -> int:
         """The number of experts that a token selects for which vectors stand, 0 but with compressed experts."""
         return self.n_expert_selected - self.n_expert_used

@@ -16,6 +16,8 @@ _DELTA_NET_INPUT = ("attn_qkv", "attn_gate")
 _MERGED = ("ffn_gate_exps", "ffn_up_exps")
 RECURRENT_FLOATS = ("ssm_conv1d", "shortconv.conv", "ssm_norm", "ssm_a", "ssm_d")
 """The roles of recurrent layers' taps, norms and factors, which have two axes and are F32 in every file."""
+EXPERT_LATENT = ("ffn_latent_down", "ffn_latent_up")
+"""The roles of what takes experts' inputs to fewer values, and their sum back."""
 AUX_GAIN, AUX_SHIFT = "ffn_aux_gain", "ffn_aux_shift"
 """The roles of what stands for selected experts that are not computed: vectors for each row of the router."""
 
@@ -65,6 +67,7 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
         "router": bool(shape.n_expert),
         "dense": bool(shape.n_ff) and not shape.n_expert,
         "experts": bool(shape.n_expert) and not spec.is_native,
+        "latent_experts": bool(shape.n_expert and spec.experts.n_latent),
         "mtp": spec.has_mtp_layer and layer == spec.n_layer - 1,
         "shared": bool(shape.n_expert and spec.experts.n_ff_shared),
     }
@@ -74,7 +77,7 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ModelTensor]:
             yield ModelTensor(role.role, role.name(f"blk.{layer}."), ne, layer, role.is_optional)
     if spec.n_expert_aux and shape.n_expert:
         for aux in (AUX_GAIN, AUX_SHIFT):
-            yield ModelTensor(aux, f"blk.{layer}.{aux}.weight", (spec.n_embd, shape.n_expert), layer)
+            yield ModelTensor(aux, f"blk.{layer}.{aux}.weight", (spec.n_embd_expert, shape.n_expert), layer)
 
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
@@ -82,6 +85,7 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
     sizes = {
         "n_embd": spec.n_embd,
         "n_embd_twice": 2 * spec.n_embd,
+        "n_embd_expert": spec.n_embd_expert,
         "n_vocab": spec.n_vocab,
         "n_ff": spec.n_ff,
         "n_ff_shared": spec.experts.n_ff_shared,

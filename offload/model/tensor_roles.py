@@ -75,8 +75,10 @@ MAMBA2 = (
     TensorRole("ssm_out", ("n_inner", "n_embd"), "recurrent"),
 )
 UNGATED = (
-    TensorRole("ffn_up_exps", ("n_embd", "n_ff", "n_expert"), "experts"),
-    TensorRole("ffn_down_exps", ("n_ff", "n_embd", "n_expert"), "experts"),
+    TensorRole("ffn_latent_down", ("n_embd", "n_embd_expert"), "latent_experts"),
+    TensorRole("ffn_up_exps", ("n_embd_expert", "n_ff", "n_expert"), "experts"),
+    TensorRole("ffn_down_exps", ("n_ff", "n_embd_expert", "n_expert"), "experts"),
+    TensorRole("ffn_latent_up", ("n_embd_expert", "n_embd"), "latent_experts"),
     TensorRole("ffn_up_shexp", ("n_embd", "n_ff_shared"), "shared"),
     TensorRole("ffn_down_shexp", ("n_ff_shared", "n_embd"), "shared"),
 )

@@ -167,10 +167,10 @@ class LayerSources:
     softmax of attention. `choice_bias` [n_expert] is added to the router's scores to select experts, but not to their
     weights. `aux` are the gains and shifts [n_embd, n_expert] of selected experts that are not computed, or none.
     `expert_biases` are those of each of an expert's matrices [n, n_expert], or none, `expert_scales` factors [n_expert]
-    on their products, each of which may be missing, or none. A `recurrent` layer has no `qkv`. `router_scale` [n_embd]
-    multiplies the input of a router that reads the residual stream. In a
-    native file `buckets` has all experts; `gate_up` and `down` are the best copies if these are one stack in the
-    router's order, and otherwise absent.
+    on their products, each of which may be missing, or none. `expert_latent` are the matrices that take what experts
+    read to fewer values, and their sum back, or none. A `recurrent` layer has no `qkv`. `router_scale` [n_embd]
+    multiplies the input of a router that reads the residual stream. In a native file `buckets` has all experts;
+    `gate_up` and `down` are the best copies if these are one stack in the router's order, and otherwise absent.
     """
 
     attn_norm: LinearSource | None
@@ -193,6 +193,7 @@ class LayerSources:
     recurrent: RecurrentSources | None = None
     router_scale: WeightSource | None = None
     post: PostSources = PostSources()
+    expert_latent: tuple[LinearSource, ...] = ()
 
     @property
     def vectors(self) -> tuple[WeightSource, ...]:
@@ -217,11 +218,18 @@ class LayerSources:
 
     @property
     def matrices(self) -> tuple[LinearSource, ...]:
-        """Those that every token is multiplied with: of attention or its place, and of the shared expert."""
+        """Those that every token is multiplied with: of attention or its place, around experts, of the shared one."""
         shared = (*self.shared.gate_up, self.shared.down) if self.shared else ()
         latent = self.latent.matrices if self.latent else ()
         recurrent = (*self.recurrent.inputs, self.recurrent.output) if self.recurrent else ()
-        return (*self.qkv, *latent, *((self.attn_output,) if self.attn_output else ()), *recurrent, *shared)
+        return (
+            *self.qkv,
+            *latent,
+            *((self.attn_output,) if self.attn_output else ()),
+            *recurrent,
+            *self.expert_latent,
+            *shared,
+        )
 
     @property
     def is_stacked(self) -> bool:

@@ -12,7 +12,7 @@ from slimoe.offload.model.native_layout import NativeLayer, NativeLayout
 from slimoe.offload.model.recurrent_spec import RecurrentSpec
 from slimoe.offload.model.regrouped import delta_net_inputs
 from slimoe.offload.model.spec import ModelSpec
-from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, layer_tensors
+from slimoe.offload.model.tensor_list import AUX_GAIN, AUX_SHIFT, EXPERT_LATENT, layer_tensors
 from slimoe.offload.model.tensors import (
     BucketSources,
     LatentSources,
@@ -182,6 +182,7 @@ def _layer_sources(reader: _Reader, spec: ModelSpec, layer: int, layout: NativeL
         k_norm=weight("attn_kv_a_norm" if latent else "attn_k_norm"),
         choice_bias=weight("exp_probs_b"),
         shared=_shared(spec, layer, linear, weight, names),
+        expert_latent=tuple(linear(role) for role in EXPERT_LATENT if role in names),
         latent=latent,
         sinks=weight("attn_sinks"),
         recurrent=_recurrent(reader, spec, layer) if is_recurrent else None,
@@ -305,7 +306,7 @@ def _expert_biases(
         return ()
     n_stored = len(buckets.layout.buckets) if buckets else shape.n_expert
     names = _names_of_experts(spec, layer, "bias")
-    lengths = (*[shape.n_ff] * (len(names) - 1), spec.n_embd)
+    lengths = (*[shape.n_ff] * (len(names) - 1), spec.n_embd_expert)
     return tuple(reader.floats(name, (n, n_stored)) for name, n in zip(names, lengths, strict=True))
 
 

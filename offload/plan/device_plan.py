@@ -235,13 +235,14 @@ def _weights(sources: ModelSources, layers: tuple[int, ...], is_last: bool) -> i
 def _compute(needs: DeviceNeeds, n_rows: int, *, is_whole: bool) -> int:
     """Bytes of buffers on the device: for a graph of all layers or for segments, and what passes between them."""
     spec, n_batch = needs.spec, needs.n_batch
-    d, n_used = spec.n_embd, max(1, spec.n_expert_used)
+    d, d_expert, n_used = spec.n_embd, spec.n_embd_expert, max(1, spec.n_expert_used)
     n_masked = needs.kv.n_masked(spec)
-    exchange = n_batch * (4 * d * (2 + n_used) + 2 * n_masked + 8 * max(1, spec.n_expert) + 72)
+    exchange = n_batch * (4 * (d + d_expert * (1 + n_used)) + 2 * n_masked + 8 * max(1, spec.n_expert) + 72)
     rows = 5 * d * n_batch
     if is_whole:
         return exchange + rows + compute_bytes(spec, n_masked, n_batch) + 4 * n_rows * spec.n_vocab + _GRAPH_BYTES
     n_attention = max(of.n_at_once for of in spec.attentions)
-    segment = 4 * (n_batch * ((6 + 4 * spec.n_expert_aux) * d + n_attention) + n_rows * spec.n_vocab)
-    experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d)
+    n_around = 4 * spec.n_expert_aux * d_expert + 2 * spec.experts.n_latent
+    segment = 4 * (n_batch * (6 * d + n_around + n_attention) + n_rows * spec.n_vocab)
+    experts = 4 * n_batch * n_used * (3 * widest(needs.experts) + 4 * d_expert)
     return exchange + rows + segment + experts + _GRAPH_BYTES

@@ -14,7 +14,7 @@ from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.devices import Device
 from slimoe.offload.graph.attention import StepInputs, StepShape
-from slimoe.offload.graph.expert_ffn import add_expert_scale, layer_extras
+from slimoe.offload.graph.expert_ffn import add_expert_scale, expert_input, layer_extras
 from slimoe.offload.graph.linear import add_scaled, last_rows
 from slimoe.offload.graph.router import add_router, router_input, select_experts
 from slimoe.offload.graph.step import BlockBuilder, new_graph
@@ -150,7 +150,8 @@ class _Shapes:
                 plain = int(ggml.ggml_rms_norm(ctx, hidden, spec.rms_eps))
                 normed = add_scaled(ctx, plain, layer.ffn_norm)
                 selection = add_router(ctx, spec, layer, router_input(ctx, spec, layer, plain, normed))
-                outputs = self._new(kinds.F32, spec.n_embd, spec.n_expert_used, n_rows)
+                ggml.ggml_build_forward_expand(graph, expert_input(ctx, layer, normed))
+                outputs = self._new(kinds.F32, spec.n_embd_expert, spec.n_expert_used, n_rows)
                 ids = select_experts(ctx, spec, selection.ranked)
                 for bias in layer.expert_biases:
                     rows = self._new(kinds.F32, ggml.tensor_at(bias).ne[0], spec.n_expert_used, n_rows)

@@ -289,7 +289,8 @@ def compute_bytes(spec: ModelSpec, n_masked: int, n_batch: int) -> int:
     n_used = max(1, spec.n_expert_used)
     n_always = max(spec.experts.n_ff_shared, spec.n_ff_dense)
     n_queries = max(of.n_embd_head * of.n_head for of in spec.attentions)
-    per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd) + 8 * spec.n_embd + 4 * n_queries
-    per_token += 2 * spec.attention.n_decompressed + 4 * spec.n_expert_aux * spec.n_embd
+    per_token = n_used * (3 * spec.n_ff + 2 * spec.n_embd_expert) + 8 * spec.n_embd + 4 * n_queries
+    per_token += 2 * spec.attention.n_decompressed + 4 * spec.n_expert_aux * spec.n_embd_expert
+    per_token += 2 * spec.experts.n_latent
     per_token += 3 * n_always + 8 * spec.n_expert * (spec.router_score == "sigmoid")
     return 4 * (n_batch * per_token + spec.n_vocab) + 2 * n_batch * n_masked + (2 << 20)

@@ -58,7 +58,7 @@ from slimoe.offload.model.native_format import read_layout
 from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, read_content, write_content
-from tests.models.tiny_gguf import FineShape, write_family
+from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
 
 ROWS = ("qwen2moe", "granitemoe", "glm4moe", "phimoe", "gpt-oss", "bailingmoe2", "gemma4")
 """A gated shared expert; multipliers; a dense layer, a sigmoid with a bias, no weights of sum 1; norms with biases;
@@ -66,7 +66,7 @@ biases of experts, windows and sinks; joined queries, keys and values; norms beh
 and heads of windows.
 """
 LATENT = ("deepseek2", "deepseek2-old", "mistral4")
-RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe")
+RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe", "nemotron_h_moe-latent")
 SHAPE = FineShape(n_layer=2, n_embd=128, n_ff=256, n_head=2, n_embd_head=64, n_expert=8, n_expert_used=2)
 TOKENS = random_tokens(40, SHAPE.n_vocab)
 SEED = 3
@@ -100,8 +100,10 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
         plain = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + source.spec.rms_eps)
         logits = plain * vector(source, layer, "ffn_gate_inp", "scale") / math.sqrt(source.spec.n_embd)
         torch.testing.assert_close(routing.logits, logits @ vector(source, layer, "ffn_gate_inp").T)
+    is_latent = MatrixKey(f"blk.{layer}.ffn_latent_up.weight") in source.shapes
+    read = x @ vector(source, layer, "ffn_latent_down").T if is_latent else x
     weights = torch.zeros_like(routing.logits).scatter(1, routing.selected, routing.weights)
-    experts = torch.stack([read_expert(source, layer, expert)(x) for expert in range(source.spec.n_expert)], 1)
+    experts = torch.stack([read_expert(source, layer, expert)(read) for expert in range(source.spec.n_expert)], 1)
     y = (weights[:, :, None] * experts).sum(1)
     shared = read_shared(source, layer)
     if source.spec.architecture.name == "gemma4":
@@ -113,7 +115,10 @@ def feed_forward(source: ModelSource, layer: int, h: torch.Tensor) -> tuple[torc
     down = shared.expert.down(gated * inner[-1])
     scale = 1.0 if shared.gate is None else (x @ shared.gate).sigmoid()[:, None]
     names = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")[-1 - len(inner) :]
-    return y + scale * down, dict(zip(names, (*inner, down), strict=True))
+    found = dict(zip(names, (*inner, down), strict=True))
+    if is_latent:
+        return y, found | {"ffn_latent_down": read, "ffn_latent_up": y @ vector(source, layer, "ffn_latent_up").T}
+    return y + scale * down, found
 
 
 def vector(source: ModelSource, layer: int, role: str, kind: str = "weight") -> torch.Tensor:
@@ -124,7 +129,9 @@ def normed(source: ModelSource, layer: int, role: str, rows: torch.Tensor) -> to
     return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + source.spec.rms_eps) * vector(source, layer, role)
 
 
-def scale_of(source: ModelSource, layer: int) -> torch.Tensor:
+def scale_of(source: ModelSource, layer: int) -> torch.Tensor | float:
+    if source.spec.architecture.name != "gemma4":
+        return 1.0
     return vector(source, layer, "layer_output_scale")
 
 
@@ -132,6 +139,8 @@ def joined(
     source: ModelSource, layer: int, h: torch.Tensor, y: torch.Tensor, others: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """The stream behind a layer, of that before its feed-forward part and of what `feed_forward` makes of it."""
+    if "ffn_latent_up" in others:
+        return h + others["ffn_latent_up"] + others["ffn_down_shexp"]
     if source.spec.architecture.name != "gemma4":
         return h + source.spec.multipliers.residual * y
     both = normed(source, layer, "post_ffw_norm_1", others["ffn_down"]) + normed(source, layer, "post_ffw_norm_2", y)
@@ -170,7 +179,7 @@ def test_sensitivities_are_those_of_autograd_through_the_whole_model(tmp_path: P
         found = measured.layers[layer]
         np.testing.assert_allclose(found.update, by_y.square().sum(0) / n, rtol=1e-3)
         along = by_y * y
-        if name == "gemma4":  # The whole part is more than its experts.
+        if name == "gemma4" or "ffn_latent_up" in products[layer]:  # The whole part is more than its experts.
             middle, after = updates[layer]
             along = by_after[layer] * (after - scale_of(source, layer) * middle)
         removed = float(along.detach().sum(1).square().sum()) / (2 * n)
@@ -271,6 +280,9 @@ STOCK = {
     "experts without a gate": ("nemotron_h_moe", ExpertRecipe(6, "reap"), F32),
     "experts without a gate, merged": ("nemotron_h_moe", ExpertRecipe(4, merge="hc-smoe"), F32),
     "their types": ("nemotron_h_moe", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
+    "experts of fewer values": ("nemotron_h_moe-latent", ExpertRecipe(6, "reap"), F32),
+    "experts of fewer values, merged": ("nemotron_h_moe-latent", ExpertRecipe(4, merge="hc-smoe"), F32),
+    "types of what is around them": ("nemotron_h_moe-latent", ExpertRecipe(6), StorageRecipe("Q4_0", attention="Q8_0")),
     "a dense part beside experts": ("gemma4", ExpertRecipe(6, "reap"), F32),
     "scales of merged experts": ("gemma4", ExpertRecipe(4, merge="hc-smoe"), F32),
     "types beside a dense part": ("gemma4", ExpertRecipe(6), StorageRecipe("Q4_K", attention="Q8_0", token="Q8_0")),
@@ -291,7 +303,7 @@ def test_stock_files_with_fewer_experts_are_llama_cpps(calibrated: Calibrated, t
     name, experts, types = STOCK[what]
     recipe = Recipe(format="stock", experts=experts, types=types, fit=FitRecipe(importance=False))
     path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
-    assert read_gguf(path).metadata[f"{name}.expert_count"] == experts.keep
+    assert read_gguf(path).metadata[f"{FAMILIES[name].arch or name}.expert_count"] == experts.keep
     with closing(LlamaCpp(LlamaCppConfig(path, 64, 1, extra_buffers=False))) as baseline:
         expected = baseline.score(TOKENS)
     with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, weights="copied"))) as engine:
@@ -327,6 +339,16 @@ NATIVE = {
     "narrower ones": ("nemotron_h_moe", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
     "constants among them": ("nemotron_h_moe", Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32)),
     "a layer of one part less": ("nemotron_h_moe", Recipe(drop_blocks=1, types=F32)),
+    "joined experts of fewer values": (
+        "nemotron_h_moe-latent",
+        Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32),
+    ),
+    "narrower ones of fewer values": ("nemotron_h_moe-latent", Recipe(experts=ExpertRecipe(6, width=128), types=F32)),
+    "constants of fewer values": (
+        "nemotron_h_moe-latent",
+        Recipe(experts=ExpertRecipe(6, replacement="constant"), types=F32),
+    ),
+    "main experts of fewer values": ("nemotron_h_moe-latent", Recipe(experts=ExpertRecipe(main=1), types=F32)),
     "short convolutions, merged": ("lfm2moe", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
     "a dense part beside joined experts": ("gemma4", Recipe(experts=ExpertRecipe(4, merge="neurons"), types=F32)),
     "constants beside a dense part": ("gemma4", Recipe(experts=ExpertRecipe(5, replacement="constant"), types=F32)),
@@ -342,7 +364,7 @@ NATIVE = {
 def test_native_files_are_what_torch_makes_of_them(calibrated: Calibrated, tmp_path: Path, what: str) -> None:
     name, recipe = NATIVE[what]
     path = compressed(calibrated, name, recipe, tmp_path / "m.gguf")
-    assert read_gguf(path).metadata["slimoe.base_architecture"] == name
+    assert read_gguf(path).metadata["slimoe.base_architecture"] == (FAMILIES[name].arch or name)
     assert_same_logits(in_torch(path), logits(path), name)
 
 
@@ -549,10 +571,11 @@ def test_prices_of_latent_attention_recurrences_and_what_norms_are_behind_are_wh
     source, kind = gguf_source(write_family(tmp_path / "m.gguf", name, shape=shape)), GGMLQuantizationType.Q8_0
     statistics = calibrated_on(source, tmp_path / "part")
     tokens, costs = Sequences(statistics.tokens), measure_type_costs(source, statistics, types=(kind.name,))
-    last = f"blk.{shape.n_layer - 1}."
+    is_latent = name == "nemotron_h_moe-latent"
+    last = f"blk.{1 if is_latent else shape.n_layer - 1}."
     of_layer = [key for key in costs.costs if key.name.startswith(last) and key.expert < 1]
-    keys = [key for key in of_layer if name == "gemma4" or is_attention(layer_and_role(key.name)[1])]
-    assert len(keys) >= (9 if name == "gemma4" else 2)
+    keys = [key for key in of_layer if name == "gemma4" or is_latent or is_attention(layer_and_role(key.name)[1])]
+    assert len(keys) >= (9 if name == "gemma4" else 6 if is_latent else 2)
     for key in keys:
         assert 0.5 < divergence(source, tokens, key, kind) / costs.of(key, kind) < 2, key
 

@@ -108,7 +108,7 @@ class _Watch(Observer):
         self.seen: list[tuple[torch.Tensor, Routing]] = []
         self.streams: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, read: torch.Tensor, routing: Routing) -> None:
         if layer == self.layer:
             self.seen.append((x.clone(), routing))
 

@@ -174,6 +174,8 @@ class Family:
     """Layers of experts alone; if there are any, all others are without a feed-forward part. Experts have no gate."""
     is_merged: bool = False
     """Whether gate and up of the experts are one tensor."""
+    n_latent: int = 0
+    """What experts read and write of values, between two matrices, where it is not what the residual stream has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +261,15 @@ def _mamba2_keys(n_group: int) -> dict[str, int | float | bool | str | list[int]
     }
 
 
+_NEMOTRON_KEYS: dict[str, int | float | bool | str | list[int]] = _mamba2_keys(2) | {
+    "expert_shared_count": 1,
+    "expert_shared_feed_forward_length": 512,
+    "expert_weights_norm": True,
+    "expert_weights_scale": 2.5,
+    "expert_group_count": 1,
+    "attention.layer_norm_epsilon": 1e-6,
+}
+_UNGATED_SHARED = {name: dims for name, dims in _shared(512).items() if "gate" not in name}
 _GATED_SHARED: dict[str, tuple[str | int, ...]] = _shared(256) | {"ffn_gate_inp_shexp.weight": ("n_embd",)}
 FAMILIES = {
     "llama": Family(),
@@ -528,19 +539,24 @@ FAMILIES = {
     "nemotron_h_moe": Family(
         "nothing",
         "expert_feed_forward_length",
-        keys=_mamba2_keys(2)
-        | {
-            "expert_shared_count": 1,
-            "expert_shared_feed_forward_length": 512,
-            "expert_weights_norm": True,
-            "expert_weights_scale": 2.5,
-            "expert_group_count": 1,
-            "attention.layer_norm_epsilon": 1e-6,
-        },
-        tensors={name: dims for name, dims in _shared(512).items() if "gate" not in name} | _CHOICE,
+        keys=_NEMOTRON_KEYS,
+        tensors=_UNGATED_SHARED | _CHOICE,
         recurrent=(0, 3),
         recurrent_tensors=_mamba2(2),
         only_experts=(1, 4),
+    ),
+    "nemotron_h_moe-latent": Family(
+        "nothing",
+        "expert_feed_forward_length",
+        keys=_NEMOTRON_KEYS | {"moe_latent_size": 96},
+        tensors=_UNGATED_SHARED
+        | _CHOICE
+        | {"ffn_latent_down.weight": (96, "n_embd"), "ffn_latent_up.weight": ("n_embd", 96)},
+        arch="nemotron_h_moe",
+        recurrent=(0, 3),
+        recurrent_tensors=_mamba2(2),
+        only_experts=(1, 4),
+        n_latent=96,
     ),
     "gemma4": Family(
         "head",
@@ -758,11 +774,12 @@ def _family_tensors(family: Family, shape: FineShape) -> dict[str, tuple[int, ..
     if norms:
         attention |= {"attn_q_norm": (norms[0],), "attn_k_norm": (norms[1],)}
     dense = {"ffn_gate": (7 * n_ff, d), "ffn_up": (7 * n_ff, d), "ffn_down": (d, 7 * n_ff)}
+    of_expert = family.n_latent or d
     experts = {
         "ffn_gate_inp": (shape.n_expert, d),
-        "ffn_gate_exps": (shape.n_expert, n_ff, d),
-        "ffn_up_exps": (shape.n_expert, n_ff, d),
-        "ffn_down_exps": (shape.n_expert, d, n_ff),
+        "ffn_gate_exps": (shape.n_expert, n_ff, of_expert),
+        "ffn_up_exps": (shape.n_expert, n_ff, of_expert),
+        "ffn_down_exps": (shape.n_expert, of_expert, n_ff),
     }
     if family.is_merged:
         experts = {name: dims for name, dims in experts.items() if name not in ("ffn_gate_exps", "ffn_up_exps")}

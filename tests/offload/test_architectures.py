@@ -46,6 +46,7 @@ SHAPES = {name: FineShape(n_expert=16) for name in FAMILIES} | {
     "lfm2moe": FineShape(n_layer=4, n_embd_head=64, n_expert=16),
     "granitehybrid": FineShape(n_layer=4, n_expert=16),
     "nemotron_h_moe": FineShape(n_layer=5, n_expert=16),
+    "nemotron_h_moe-latent": FineShape(n_layer=5, n_expert=16),
     "gemma4": FineShape(n_layer=4, n_head_kv=1, n_expert=16),
     "gpt-oss": FineShape(n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=16, n_expert_used=4),
 }

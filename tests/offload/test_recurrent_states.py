@@ -30,7 +30,7 @@ from tests.models.tiny_gguf import FAMILIES as FAMILIES_OF_FILES
 from tests.models.tiny_gguf import FineShape, write_family
 from tests.offload.devices import Devices
 
-FAMILIES = ("qwen3next", "qwen3next-old", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe")
+FAMILIES = ("qwen3next", "qwen3next-old", "qwen35moe", "lfm2moe", "granitehybrid", "nemotron_h_moe-latent")
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
 draw = random.Random(3)
 SYSTEM = tuple(draw.randrange(300) for _ in range(100))

@@ -1,4 +1,4 @@
-"""Models of whose layers most have a recurrence: LFM2 and LFM2.5 MoE with short convolutions, and Nemotron 3 Nano.
+"""Models of whose layers most have a recurrence: LFM2 and LFM2.5 MoE with short convolutions, and Nemotron 3.
 
 Of the latter each layer is one part: Mamba-2, attention, or experts without a gate. What Mamba-2 layers of all families
 have in common is here as well.
@@ -196,10 +196,17 @@ _LETTERS = {"M": _MAMBA, "*": _ATTENTION, "E": _EXPERTS, "-": "mlp"}
 """The parts by the letters of `hybrid_override_pattern`, which older files have in place of a list."""
 _OLDER = {"mamba": _MAMBA, "attention": _ATTENTION}
 """Older words for the parts."""
+_OLDER_NAMES = {
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_min": "time_step_min",
+}
+"""Older names of settings, which count before the others as in transformers' class."""
 
 
 class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_norm_eps": "layer_norm_epsilon"}):
-    """NemotronHForCausalLM; `layer_types` is another name of `layers_block_type`."""
+    """NemotronHForCausalLM; `layer_types` is another name of `layers_block_type`, and of some there are older ones."""
 
     vocab_size: Count = 131072
     hidden_size: Count = 4096
@@ -212,7 +219,7 @@ class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_no
     hybrid_override_pattern: str | None = None
     moe_intermediate_size: Count = 7688
     moe_shared_expert_intermediate_size: Count = 7688
-    moe_latent_size: int | None = None
+    moe_latent_size: Count | None = None
     n_routed_experts: SmallCount = 8
     n_shared_experts: Annotated[int, Meta(ge=0, le=2**16)] = 1
     num_experts_per_tok: SmallCount = 2
@@ -230,8 +237,15 @@ class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_no
     mlp_bias: bool = False
     sliding_window: int | None = None
     time_step_min: Annotated[float, Meta(ge=0, le=3e38)] = 0.001
+    mamba_n_groups: SmallCount | UnsetType = UNSET
+    mamba_d_conv: Annotated[int, Meta(ge=2, le=2**16)] | UnsetType = UNSET
+    mamba_conv_bias: bool | UnsetType = UNSET
+    mamba_dt_min: Annotated[float, Meta(ge=0, le=3e38)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
+        for older, name in _OLDER_NAMES.items():
+            if not isinstance(value := getattr(self, older), UnsetType):
+                msgspec.structs.force_setattr(self, name, value)
         msgspec.structs.force_setattr(self, "num_hidden_layers", len(self.kinds))
         # transformers' class has an output matrix of its own whatever the field says.
         msgspec.structs.force_setattr(self, "tie_word_embeddings", False)
@@ -260,7 +274,8 @@ class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_no
         routed, other = LayerShape(self.n_expert, self.n_ff, False), LayerShape(0, 0)
         layers = tuple(routed if kind == _EXPERTS else other for kind in self.kinds)
         n_ff_shared = self.moe_shared_expert_intermediate_size
-        return replace(super().experts, layers=layers, score=None, n_ff_shared=n_ff_shared)
+        n_latent = self.moe_latent_size or 0
+        return replace(super().experts, layers=layers, score=None, n_ff_shared=n_ff_shared, n_latent=n_latent)
 
     @property
     def _mamba(self) -> MambaSizes:
@@ -292,8 +307,6 @@ class NemotronHConfig(DeepseekConfig, frozen=True, kw_only=True, rename={"rms_no
         missing = next((kind for kind in _KINDS if kind not in self.kinds), None)
         if missing is not None:
             return f"no layer is {missing}."
-        if self.moe_latent_size is not None:
-            return f"moe_latent_size is {self.moe_latent_size}; experts between projections are not supported."
         acts = {"mlp_hidden_act": (self.mlp_hidden_act, "relu2"), "mamba_hidden_act": (self.mamba_hidden_act, "silu")}
         for name, (found, known) in acts.items():
             if found != known:
@@ -317,6 +330,8 @@ _NAMES = {f"mixer.{name}": role for name, role in MAMBA_NAMES.items()} | {
     "mixer.o_proj": "attn_output",
     "mixer.gate": "ffn_gate_inp",
     "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mixer.fc1_latent_proj": "ffn_latent_down",
+    "mixer.fc2_latent_proj": "ffn_latent_up",
     "mixer.experts.*.up_proj": "ffn_up_exps",
     "mixer.experts.*.down_proj": "ffn_down_exps",
     "mixer.shared_experts.up_proj": "ffn_up_shexp",

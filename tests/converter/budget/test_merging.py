@@ -178,7 +178,7 @@ class Selected(Observer):
     def __init__(self) -> None:
         self.experts: set[int] = set()
 
-    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, read: torch.Tensor, routing: Routing) -> None:
         self.experts |= set(routing.selected.flatten().tolist())
 
 

@@ -197,7 +197,7 @@ class _Everything(Observer):
         self.x: list[torch.Tensor] = []
         self.y: list[torch.Tensor] = []
 
-    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: object) -> None:
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, read: torch.Tensor, routing: object) -> None:
         if layer == LAYER:
             self.x.extend(x)
 

@@ -150,7 +150,7 @@ class Watch(Observer):
         self.selected: dict[int, list[torch.Tensor]] = {}
         self.behind: dict[int, list[torch.Tensor]] = {}
 
-    def routed(self, layer: int, first_row: int, x: torch.Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, first_row: int, x: torch.Tensor, read: torch.Tensor, routing: Routing) -> None:
         self.selected.setdefault(layer, []).append(routing.selected)
 
     def block(self, layer: int, first_row: int, h: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> None:

@@ -425,7 +425,7 @@ def test_any_pairs_in_any_order_are_the_products(kind: Type, monkeypatch: pytest
     bank = Bank((gate, up, down), memory.strides[0], n_expert)
     with (
         closing(CpuBackend(1)) as backend,
-        closing(Exchange(backend, ExchangeShape(n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
+        closing(Exchange(backend, ExchangeShape(n_embd, n_embd, n_tokens, 256, n_expert, n_used, 0))) as exchange,
         closing(ExpertGraphs(backend, exchange, {slot_class}, 1)) as graphs,
     ):
         outputs = exchange.read("outputs", n_tokens * n_used, n_embd)

@@ -27,6 +27,7 @@ LOAD = Workload(
     attention_layers=(0, 1, 2, 3, 4),
     routed_layers=(1, 2, 3, 4),
     n_embd=1000,
+    n_embd_expert=1000,
     n_expert=8,
     n_used=2,
     dense={DENSE: 1e6},
@@ -92,7 +93,7 @@ def test_the_published_limit_of_a_12_gb_card() -> None:
     expert, rest, kv = 3 * 4096 * 14336 * 4.5 / 8, 1.06e9, 0.268e9
     share = ((11.2e9 - rest - 0.131e9 - kv) / expert / 256) ** 0.66
     experts = {EXPERT: expert}
-    load = Workload(32, (*range(32),), (*range(32),), 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, expert)
+    load = Workload(32, (*range(32),), (*range(32),), 4096, 4096, 8, 2, {DENSE: rest + kv / 2}, {}, experts, expert)
     speed = machine(processor(42e9, KERNELS), None, processor(306e9, KERNELS))
     slow_link = dataclasses.replace(speed, links={"GPU0": LinkSpeed(1e18 / 2, 1e18 / 2)})
     prediction = predict(load, Residency(share, 1 - share), slow_link, device="GPU0")
@@ -280,7 +281,7 @@ def test_logits_come_over_the_link() -> None:
 
 
 def test_a_model_without_experts() -> None:
-    load = Workload(5, (*range(5),), (), 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, 0)
+    load = Workload(5, (*range(5),), (), 1000, 1000, 0, 0, {DENSE: 1e6}, {DENSE: 1e5}, {}, 0)
     assert predict(load, IN_RAM, machine(CPU)).ms_per_token == pytest.approx(1.1)
     assert predict(load, IN_RAM, machine(CPU), Step(n_tokens=10)).ms_per_token > 0
 

@@ -22,6 +22,7 @@ SHAPE = FineShape(n_layer=2, n_expert=8, n_expert_used=4)
 SHAPES = {
     "deepseek2-lite": FineShape(n_layer=2, n_ff=32, n_expert=6, n_expert_used=2),
     "nemotron_h_moe": FineShape(n_layer=3, n_expert=8, n_expert_used=4),
+    "nemotron_h_moe-latent": FineShape(n_layer=3, n_expert=8, n_expert_used=4),
 }
 
 

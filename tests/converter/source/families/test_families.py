@@ -101,6 +101,7 @@ def test_absent_fields_have_the_defaults_of_the_class(name: str) -> None:
     if name == "NemotronH":  # Older names, what is passed over, and what is refused.
         aliases |= {"rms_norm_eps", "layer_types", "hybrid_override_pattern", "hidden_act", "rope_parameters"}
         aliases |= {"num_hidden_layers", "first_k_dense_replace"}
+        aliases |= {"mamba_n_groups", "mamba_d_conv", "mamba_conv_bias", "mamba_dt_min"}
     if name == "Glm4MoeLite":
         aliases |= {"first_k_dense_replace"}  # In files of before mlp_layer_types, and 1 there.
     assert own - aliases <= set(expected.to_dict())
