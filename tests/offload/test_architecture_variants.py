@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
@@ -20,7 +21,15 @@ from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.model_file import ModelFile
 from slimoe.offload.plan.engine_plan import plan_engine
 from tests.models.configs import engine_config
-from tests.models.gguf_content import Array, GGUFContent, StoredKey, read_content, with_prediction_block, write_content
+from tests.models.gguf_content import (
+    Array,
+    GGUFContent,
+    StoredKey,
+    StoredTensor,
+    read_content,
+    with_prediction_block,
+    write_content,
+)
 from tests.models.tiny_gguf import FineShape, write_family
 
 TOKENS = random_tokens(20, 300)
@@ -249,6 +258,27 @@ def test_blocks_that_predict_further_tokens_are_not_run(tmp_path: Path, content:
     assert len({plan.load_bytes for plan in plans}) == len({str(plan.host_bytes) for plan in plans}) == 1
 
 
+def test_a_block_of_attention_and_experts_behind_layers_of_one_part_is_not_run(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes what predicts a Nemotron's further token, which llama.cpp passes over too."""
+    shape = FineShape(n_layer=3, n_embd_head=64, n_expert=N_EXPERT, n_expert_used=2)
+    whole = read_content(write_family(tmp_path / "whole.gguf", "nemotron_h_moe-latent", shape=shape))
+    attention = {name.replace("blk.2.", "blk.3."): one for name, one in whole.tensors.items() if "blk.2." in name}
+    experts = {
+        name.replace("blk.1.attn_norm", "blk.3.post_attention_norm").replace("blk.1.", "blk.3."): one
+        for name, one in whole.tensors.items()
+        if "blk.1." in name
+    }
+    norms = {f"blk.3.nextn.{name}.weight": np.ones(256, np.float32) for name in ("enorm", "hnorm", "shared_head_norm")}
+    own = {name: StoredTensor(one, Type.F32) for name, one in norms.items()}
+    own["blk.3.nextn.eh_proj.weight"] = StoredTensor(np.ones((256, 512), np.float32), Type.F32)
+    keys = {"block_count": 4, "nextn_predict_layers": 1, "feed_forward_length": [0, 256, 0, 256]}
+    more = GGUFContent(whole.keys, whole.tensors | attention | experts | own)
+    path = write_content(tmp_path / "m.gguf", changed(more, keys | {"attention.head_count_kv": [0, 0, 2, 2]}, {}))
+    spec = ModelFile.of(read_gguf(path)).spec
+    assert (spec.n_layer, spec.n_layer_nextn, spec.recurrent_layers, spec.attention_layers) == (3, 1, (0,), (2,))
+    assert_computes_what_llama_cpp_does(path)
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] = {
     "a score": ("glm4moe", {"expert_gating_func": 4}, {}, UnsupportedModelError, "is 4, a router score that is not"),
     "too short": (
@@ -291,13 +321,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Tensors, type[SlimoeError], str]] 
     "an unread length": ("qwen3moe", {"feed_forward_length": [64] * 3}, {}, ModelFileError, "has 3 entries, but 2 bel"),
     "many blocks": ("glm4moe", {"block_count": 1 << 31}, {}, ModelFileError, "block_count is 2147483648, which cannot"),
     "no bias of outputs": ("gpt-oss", {}, none_of("attn_output.bias"), ModelFileError, "blk.0.attn_output.bias is mis"),
-    "experts between projections": (
-        "nemotron_h_moe",
-        {"moe_latent_size": 64},
-        {},
-        UnsupportedModelError,
-        "moe_latent_size is 64: experts between projections to fewer values, as Nemotron 3 Super has, are not",
-    ),
     "a joint matrix of few rows": (
         "qwen3next-old",
         {},
