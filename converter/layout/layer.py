@@ -271,10 +271,15 @@ def check_plan(source: ModelSource, plan: CompressPlan) -> None:
         assert len(layer.target) == len(layer.rows)
         assert all(-len(_constants(layer)) <= target < len(layer.experts) for target in layer.target)
         assert set(layer.target) >= set(range(len(layer.experts))), "an expert that no row means"
-    windowed, blocks = source.spec.windowed, [layer.block for layer in plan.layers]
-    if plan.format == "stock" and windowed and any(windowed[block] != windowed[n] for n, block in enumerate(blocks)):
-        problem = "layers would have sliding windows in another pattern than the stock format has."
-        raise UnsupportedModelError(source.path, problem, "Drop no blocks, or write the native format.")
+    windowed = source.spec.windowed
+    n_kinds = len({windowed[layer.block] for layer in plan.layers}) if windowed else 0
+    if plan.format == "stock" and n_kinds < len(set(windowed)):
+        problem = "all layers with a sliding window would be left out, or all without one."
+        raise UnsupportedModelError(source.path, problem, "Keep one of each, or write the native format.")
+    recurrent = source.spec.recurrent_layers
+    if plan.format == "stock" and recurrent and not any(layer.block in recurrent for layer in plan.layers):
+        problem = "no layer would keep its recurrence, without which llama.cpp runs no such model."
+        raise UnsupportedModelError(source.path, problem, "Keep one layer's, or write the native format.")
     shapes, has_key_of_each = [layer_shape(source, layer) for layer in plan.layers], architecture.has_single_parts
     if plan.format == "stock" and not has_key_of_each and dense_layer_keys(shapes) is None:
         problem = "dense layers would lie among those with experts in a way that the stock format cannot say."

@@ -10,13 +10,18 @@ from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import random_tokens
+from slimoe.converter.budget.compress import plan_removal
 from slimoe.converter.convert import ConvertOptions, convert, plan
 from slimoe.converter.forward.stream import Sequences, final_logits, run
+from slimoe.converter.recipe.recipe import Recipe
 from slimoe.converter.source.gguf_source import gguf_source
 from slimoe.converter.source.inventory import take_inventory
+from slimoe.converter.write.writer import write_planned
 from slimoe.offload.engine import Engine
+from slimoe.offload.errors import UnsupportedModelError
 from slimoe.offload.gguf.header import read_gguf
 from slimoe.offload.model.architectures import ARCHITECTURES, LLAMA
+from slimoe.offload.model.spec import ModelSpec
 from tests.models.configs import engine_config
 from tests.models.gguf_content import Array, file_tensors, read_content, with_prediction_block, write_content
 from tests.models.tiny_gguf import FAMILIES, FineShape, write_family
@@ -28,8 +33,16 @@ CONVERTED = [name for name, family in FAMILIES.items() if family.latent is None 
 LATENT = ["deepseek2", "deepseek2-old", "mistral4"]
 
 
-def logits(path: Path) -> Array:
-    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type="f32", weights="copied"))) as engine:
+DEEPER = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
+STOCK_SHAPES = {
+    "gemma4": FineShape(n_layer=4, n_head_kv=1, n_expert=8, n_expert_used=2),
+    "gpt-oss": FineShape(n_layer=4, n_embd=96, n_ff=160, n_head_kv=1, n_embd_head=64, n_expert=8, n_expert_used=2),
+    "nemotron_h_moe": FineShape(n_layer=5, n_embd_head=64, n_expert=8, n_expert_used=2),
+}
+
+
+def logits(path: Path, kv_type: str = "f32") -> Array:
+    with closing(Engine.open(engine_config(path, n_ctx=64, n_threads=1, kv_type=kv_type, weights="copied"))) as engine:
         return engine.read(TOKENS, len(TOKENS)).copy()
 
 
@@ -56,6 +69,38 @@ def test_a_converted_file_is_of_the_same_architecture(tmp_path: Path, name: str)
 def llama_cpps(path: Path) -> Array:
     with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False))) as baseline:
         return baseline.score(TOKENS)
+
+
+LEFT = [("gemma4", (0, 1, 3)), ("gpt-oss", (0, 1, 3)), ("gpt-oss", (1, 2)), ("qwen3next", (1, 2)), ("lfm2moe", (0, 3))]
+LEFT += [("qwen35moe", (1, 3)), ("granitehybrid", (0, 1)), ("nemotron_h_moe", (0, 2, 4))]
+
+
+@pytest.mark.parametrize(("name", "blocks"), LEFT)
+def test_stock_files_say_of_each_layer_left_what_it_was(tmp_path: Path, name: str, blocks: tuple[int, ...]) -> None:
+    """Windows, numbers of heads and recurrences are listed, in whatever order they are after blocks were left out."""
+    source = gguf_source(write_family(tmp_path / "m.gguf", name, shape=STOCK_SHAPES.get(name, DEEPER)))
+    whole = plan_removal(source, None, Recipe(format="stock"))
+    write_planned(source, replace(whole, layers=tuple(whole.layers[n] for n in blocks)), tmp_path / "fewer.gguf")
+    left = read_gguf(tmp_path / "fewer.gguf")
+    assert ModelSpec.from_gguf(left).windowed == tuple(source.spec.windowed[n] for n in blocks if source.spec.windowed)
+    np.testing.assert_array_equal(logits(tmp_path / "fewer.gguf", "f16"), llama_cpps(tmp_path / "fewer.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "problem"),
+    [
+        ("gemma4", (0, 2), "all layers with a sliding window would be left out, or all without one"),
+        ("gpt-oss", (1, 3), "all layers with a sliding window would be left out, or all without one"),
+        ("qwen3next", (1, 3), "no layer would keep its recurrence"),
+    ],
+)
+def test_stock_files_that_llama_cpp_would_not_run_are_not_written(
+    tmp_path: Path, name: str, blocks: tuple[int, ...], problem: str
+) -> None:
+    source = gguf_source(write_family(tmp_path / "m.gguf", name, shape=STOCK_SHAPES.get(name, DEEPER)))
+    whole = plan_removal(source, None, Recipe(format="stock"))
+    with pytest.raises(UnsupportedModelError, match=problem):
+        write_planned(source, replace(whole, layers=tuple(whole.layers[n] for n in blocks)), tmp_path / "fewer.gguf")
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K])

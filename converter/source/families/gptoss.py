@@ -4,6 +4,8 @@ Its YaRN has bounds between two pairs (`truncate` is false). The file is one of 
 answers are llama.cpp's.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
 from slimoe.converter.source.families.config import Count, ModelConfig, Positive, RopeFields, SmallCount
@@ -50,9 +52,14 @@ class GptOssConfig(ModelConfig, frozen=True, kw_only=True):
         return self.sliding_window
 
     @property
+    def kinds(self) -> Sequence[str]:
+        """What attention sees in each layer: the window in every other one from the first on, unless layers say it."""
+        return self.layer_types or [_KINDS[layer % 2] for layer in range(self.num_hidden_layers)]
+
+    @property
     def windowed(self) -> tuple[bool, ...]:
-        """Which layers look back no further than the window: every other one, from the first on."""
-        return tuple(layer % 2 == 0 for layer in range(self.num_hidden_layers))
+        """Which layers look back no further than the window."""
+        return tuple(kind == _KINDS[0] for kind in self.kinds)
 
     @property
     def rope(self) -> RopeFields:
@@ -66,8 +73,8 @@ class GptOssConfig(ModelConfig, frozen=True, kw_only=True):
 
     def unsupported(self, architecture: Architecture) -> str | None:
         """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
-        if self.layer_types not in (None, [_KINDS[not windowed] for windowed in self.windowed]):
-            return f"layer_types has not {_KINDS[0]} and {_KINDS[1]} in turn, for all layers."
+        if len(self.kinds) != self.num_hidden_layers or set(self.kinds) != set(_KINDS):
+            return f"layer_types has not {_KINDS[0]} or {_KINDS[1]} for each of the layers, and some of both."
         if (self.swiglu_alpha, self.swiglu_limit) != (1.702, 7.0):
             what = f"swiglu_alpha is {self.swiglu_alpha:g} and swiglu_limit {self.swiglu_limit:g}"
             return f"{what}, but in {architecture.name} files they are 1.702 and 7."

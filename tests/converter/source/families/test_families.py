@@ -215,7 +215,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
         },
         "mscale_all_dim is 0.7, but the magnitude of what rotates in mistral4 files is that of 1",
     ),
-    ("GptOss", {"layer_types": ["full_attention"] * 36}, "layer_types has not sliding_attention and full_attention in"),
+    ("GptOss", {"layer_types": ["full_attention"] * 36}, "layer_types has not sliding_attention or full_attention for"),
     ("GptOss", {"swiglu_limit": 5.0}, "swiglu_alpha is 1.702 and swiglu_limit 5"),
     ("GptOss", {"attention_bias": False}, "attention_bias is false, but gpt-oss files"),
     ("GptOss", {"sliding_window": None}, "sliding_window: expected int, got null"),
