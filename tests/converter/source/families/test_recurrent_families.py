@@ -118,9 +118,9 @@ def test_experts_that_read_and_write_other_values_than_the_stream_has(tmp_path: 
 
 
 def test_a_nemotrons_settings_by_their_older_names(tmp_path: Path) -> None:
-    source = save_family(tmp_path / "c", "NemotronH", n_groups=3, conv_kernel=3, time_step_min=0.0)
+    source = save_family(tmp_path / "c", "NemotronH", n_groups=3, conv_kernel=3)
     expected = open_source(source).spec
-    older = {"mamba_n_groups": 3, "mamba_d_conv": 3, "mamba_dt_min": 0.0, "mamba_conv_bias": True}
+    older = {"mamba_n_groups": 3, "mamba_d_conv": 3, "mamba_dt_min": 1e-9, "mamba_conv_bias": True}
     gone = {"n_groups": None, "conv_kernel": None, "time_step_min": None, "use_conv_bias": None}
     assert open_source(with_config(source, **older, **gone)).spec == expected
     assert_all_alike(source, tmp_path / "m.gguf")
