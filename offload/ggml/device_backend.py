@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -12,12 +13,17 @@ from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import device as ggml_device
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import EngineAbortedError
-from slimoe.offload.ggml.device_calls import AnsweredBy, answers_for
+from slimoe.offload.ggml.device_calls import AnsweredBy, answers_for, waiting_for
 from slimoe.offload.ggml.devices import Device, free_now
 from slimoe.offload.resources.memory import human
 
 _MAX_MARKS = 32
 """So many marks of a queue may be waited for later; setting a further one waits until the first of them is reached."""
+
+
+def waiting_for_tensor(tensor: int) -> AbstractContextManager[None]:
+    """A context in which a thread waits for the device that has a tensor, if one has it."""
+    return waiting_for(int(ggml_backend.ggml_backend_buffer_get_type(ggml.tensor_at(tensor).buffer) or 0))
 
 
 class DeviceBackend:

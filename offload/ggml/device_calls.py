@@ -1,6 +1,7 @@
 """Which device this process waits for: a call of ggml's comes back once the device has answered, or never.
 
-The thread that made the call hears nothing until then, so that others ask here what it waits for.
+The thread that made the call hears nothing until then, so that others ask here what it waits for: also processes that
+never open ggml, so nothing here does.
 """
 
 import threading
@@ -8,9 +9,6 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-
-from slimoe.offload.ggml import buffers as ggml_backend
-from slimoe.offload.ggml import ops as ggml
 
 _calls: dict[int, tuple["AnsweredBy", float]] = {}
 """By thread: whose call it has made, and when."""
@@ -55,10 +53,9 @@ def answers_for(buft: int, owner: AnsweredBy) -> None:
     _owners[buft] = owner
 
 
-def waiting_for(tensor: int) -> AbstractContextManager[None]:
-    """A context in which a thread waits for the device that has a tensor; in host memory it waits for nobody."""
-    buft = ggml_backend.ggml_backend_buffer_get_type(ggml.tensor_at(tensor).buffer)
-    return _owners.get(int(buft or 0)) or nullcontext()
+def waiting_for(buft: int) -> AbstractContextManager[None]:
+    """A context in which a thread waits for who answers for buffers of a type; in host memory it waits for nobody."""
+    return _owners.get(buft) or nullcontext()
 
 
 def longest_wait() -> DeviceWait | None:

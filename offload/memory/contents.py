@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.ggml.device_calls import waiting_for
+from slimoe.offload.ggml.device_backend import waiting_for_tensor
 from slimoe.offload.memory.cells import Indices
 from slimoe.offload.memory.kv_store import KVStore
 
@@ -24,7 +24,7 @@ def row_shape(tensor: int) -> tuple[int, int]:
 def read_rows(tensor: int, cells: Indices, heads: range) -> Bytes:
     """The keys or values of the tokens in these cells, U8 [heads, tokens, row_bytes]."""
     rows = np.empty((len(heads), len(cells), row_shape(tensor)[1]), np.uint8)
-    with waiting_for(tensor):
+    with waiting_for_tensor(tensor):
         for sizes in _stretches(tensor, cells, heads, rows):
             ggml_backend.ggml_backend_tensor_get_2d(tensor, *sizes)
     return rows
@@ -34,7 +34,7 @@ def write_rows(tensor: int, cells: Indices, heads: range, rows: Bytes) -> None:
     """Gives the tokens in these cells their keys or values, U8 [heads, tokens, row_bytes]."""
     assert rows.shape == (len(heads), len(cells), row_shape(tensor)[1])
     assert rows[:1].flags.c_contiguous
-    with waiting_for(tensor):
+    with waiting_for_tensor(tensor):
         for sizes in _stretches(tensor, cells, heads, rows):
             ggml_backend.ggml_backend_tensor_set_2d(tensor, *sizes)
 
@@ -47,7 +47,7 @@ def state_bytes_of(store: KVStore, tensor: int) -> int:
 def read_state(store: KVStore, tensor: int, state: int) -> Bytes:
     """What a recurrent layer keeps in one state."""
     row = np.empty(state_bytes_of(store, tensor), np.uint8)
-    with waiting_for(tensor):
+    with waiting_for_tensor(tensor):
         ggml_backend.ggml_backend_tensor_get(tensor, row.ctypes.data, state * row.nbytes, row.nbytes)
     return row
 
@@ -56,7 +56,7 @@ def write_state(store: KVStore, tensor: int, state: int, row: Bytes) -> None:
     """Gives a recurrent layer one state."""
     assert row.nbytes == state_bytes_of(store, tensor)
     assert row.flags.c_contiguous
-    with waiting_for(tensor):
+    with waiting_for_tensor(tensor):
         ggml_backend.ggml_backend_tensor_set(tensor, row.ctypes.data, state * row.nbytes, row.nbytes)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
-from slimoe.offload.ggml.device_calls import waiting_for
+from slimoe.offload.ggml.device_backend import waiting_for_tensor
 from slimoe.offload.memory.kv_cache import KVCache, KVSize
 from slimoe.offload.model.spec import ModelSpec
 
@@ -94,7 +94,7 @@ class KVStore:
 def _copy(source: int, target: int) -> None:
     """Copies a tensor, from whatever memory to whatever other."""
     held = np.empty(int(ggml.ggml_nbytes(source)), np.uint8)
-    with waiting_for(source):
+    with waiting_for_tensor(source):
         ggml_backend.ggml_backend_tensor_get(source, held.ctypes.data, 0, held.nbytes)
-    with waiting_for(target):
+    with waiting_for_tensor(target):
         ggml_backend.ggml_backend_tensor_set(target, held.ctypes.data, 0, held.nbytes)
