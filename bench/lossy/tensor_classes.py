@@ -93,7 +93,7 @@ def with_bits(rows: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, dic
     more = {name: 0.5 * math.log2(row["kl"][kind] / row["weights"] / mean) for name, row in known.items()}
     ratios = {name: row["kl"][kind] / row["foretold"][kind] for name, row in known.items() if row["foretold"][kind]}
     return {
-        name: dict(row) | {"bits_more": more.get(name), "kl_vs_foretold": ratios.get(name)}
+        name: dict(row) | {"bits_more": more.get(name), "kl_over_foretold": ratios.get(name)}
         for name, row in rows.items()
     }
 
@@ -102,7 +102,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     order = sorted(rows.items(), key=lambda item: -(item[1]["bits_more"] or -99.0))
     lines = [
         f"{name:<20} {100 * row['weights'] / sum(one['weights'] for one in rows.values()):>5.1f} %"
-        f"  {row['bits_more'] or 0.0:>+5.2f} bits  {row['kl_vs_foretold'] or 0.0:>6.2f} of what was foretold"
+        f"  {row['bits_more'] or 0.0:>+5.2f} bits  {row['kl_over_foretold'] or 0.0:>6.2f} of what was foretold"
         for name, row in order
     ]
     return "\n".join(lines)
