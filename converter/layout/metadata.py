@@ -37,19 +37,21 @@ _OF_ITS_OWN = (
 
 
 def llamacpp_problem(spec: ModelSpec) -> str | None:
-    """Why llama.cpp does not load a file of these sizes, though it is a stock one; None where it does."""
+    """Why llama.cpp does not run a file of these sizes, though it is a stock one; None where it does."""
+    name, shared = spec.architecture.models, spec.architecture.shared
     if spec.architecture in (OLMOE, DOTS1) and spec.n_head_kv != spec.n_head:
         heads = f"this one has {spec.n_head_kv} heads of keys for {spec.n_head} of queries"
-        name = spec.architecture.models
         return f"llama.cpp loads no {name} model with fewer heads of keys than of queries, and {heads}."
     if spec.architecture is GRANITEHYBRID and spec.recurrent and spec.recurrent.n_inner != 2 * spec.n_embd:
-        name, n_values = spec.architecture.models, spec.recurrent.n_inner
+        n_values = spec.recurrent.n_inner
         return f"llama.cpp loads no {name} model whose Mamba-2 layers have {n_values} values, not {2 * spec.n_embd}."
     if spec.architecture is LFM2MOE and spec.n_head * spec.n_embd_head != spec.n_embd:
-        name, n_values = spec.architecture.models, spec.n_head * spec.n_embd_head
+        n_values = spec.n_head * spec.n_embd_head
         return (
             f"llama.cpp loads no {name} model whose heads have other than {spec.n_embd} values, and these {n_values}."
         )
+    if shared and "counted" in shared.width and spec.n_expert and not spec.experts.n_ff_shared:
+        return f"llama.cpp runs no {name} model without shared experts."
     return None
 
 

@@ -61,7 +61,7 @@ class _Entry(msgspec.Struct):
     """A tensor in a safetensors header."""
 
     dtype: str
-    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
@@ -133,6 +133,7 @@ class Checkpoint:
         for name, shard in owners.items():
             if name not in tensors:
                 raise ModelFileError(path / shard, f"tensor {name} is missing, the index says it is here.", _AGAIN)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.n_elements}  # others have a width of 0
         add_samples(digest, ((tensor.path, tensor.offset, tensor.n_bytes) for tensor in tensors.values()))
         return cls(path, config, tensors, digest.hexdigest())
 
@@ -211,6 +212,9 @@ def _read_shard(path: Path, dtypes: dict[str, int]) -> tuple[bytes, list[Checkpo
         if end - begin != math.prod(entry.shape) * dtypes[entry.dtype]:
             problem = f"the header's entry for tensor {name} is damaged: {list(entry.shape)} of {entry.dtype}"
             raise ModelFileError(path, f"{problem} do not take {end - begin} bytes.", _AGAIN)
+        if entry.shape == (0,):
+            problem = f"tensor {name} is empty, as what stands for weights that lie elsewhere."
+            raise ModelFileError(path, problem, "Save the model again with all of its weights gathered.")
         tensors.append(CheckpointTensor(name, entry.dtype, entry.shape, path, 8 + n_header + begin))
     return raw, tensors
 

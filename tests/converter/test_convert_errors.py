@@ -121,6 +121,10 @@ def drop(name: str) -> Callable[[dict[str, Any]], object]:
     return lambda entries: entries.pop(name)
 
 
+def empty(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(0)})
+
+
 def add(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda tensors: tensors.update({name: torch.zeros(3, 4)})
 
@@ -181,6 +185,7 @@ BAD: dict[str, tuple[Spoil, type[SlimoeError], str]] = {
         ModelFileError,
         r"experts\.2\.w2\.weight differs in shape from the same matrix of other experts",
     ),
+    "stand-in": (edit_tensors(empty(W2)), ModelFileError, r"experts\.2\.w2\.weight is empty, .* all of its weights"),
     "tensor of no layer": (edit_tensors(add("vision.weight")), UnsupportedModelError, "vision.weight .*has no place"),
     "unknown tensor": (edit_tensors(add("model.layers.0.extra.weight")), UnsupportedModelError, "has no place"),
     "wrong shape": (edit_config(intermediate_size=80), ModelFileError, r"ffn_\w+_exps\.weight has the shape"),

@@ -21,6 +21,8 @@ _MOST = 2**31 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
 SmallCount = Annotated[int, Meta(ge=1, le=2**16)]
 """Of things that are few in any model, so that nothing of a damaged file's size is built before it is refused."""
+CountOrZero = Annotated[int, Meta(ge=0, le=_MOST)]
+"""Of what is absent where it is 0."""
 Positive = Annotated[float, Meta(gt=0, le=3e38)]
 
 _SILU = ("silu", "swish")

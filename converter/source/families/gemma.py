@@ -6,13 +6,20 @@ layer and layers without keys of their own, and models without experts, are refu
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
-from slimoe.converter.source.families.config import Count, ModelConfig, NestedConfig, Positive, RopeFields, SmallCount
+from slimoe.converter.source.families.config import (
+    Count,
+    CountOrZero,
+    ModelConfig,
+    NestedConfig,
+    Positive,
+    RopeFields,
+    SmallCount,
+)
 from slimoe.converter.source.families.family import ATTENTION, DENSE, QK_NORMS, Family
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import GEMMA4
@@ -27,7 +34,6 @@ _ROPE = {
     _WINDOWED: RopeFields(rope_type="default", rope_theta=1e4),
     _FULL: RopeFields(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6),
 }
-_Some = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class LayerFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +60,9 @@ class Gemma4TextConfig(ModelConfig, frozen=True, kw_only=True):
     layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
     final_logit_softcapping: Positive | None = None
     use_bidirectional_attention: Literal["all", "vision"] | None = None
-    hidden_size_per_layer_input: _Some | None = 256
+    hidden_size_per_layer_input: CountOrZero | None = 256
     attention_k_eq_v: bool = False
-    num_kv_shared_layers: _Some = 0
+    num_kv_shared_layers: CountOrZero = 0
     enable_moe_block: bool = False
     use_double_wide_mlp: bool = False
     num_experts: SmallCount | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from slimoe.converter.source.families.config import Count, ModelConfig, Positive, SmallCount
+from slimoe.converter.source.families.config import Count, CountOrZero, ModelConfig, Positive, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, STACKED, Family
 from slimoe.converter.source.families.hybrids import (
     MAMBA_CHANGES,
@@ -64,7 +64,7 @@ class GraniteMoeConfig(ModelConfig, frozen=True, kw_only=True):
 class GraniteMoeSharedConfig(GraniteMoeConfig, frozen=True, kw_only=True):
     """GraniteMoeSharedForCausalLM, which has a shared expert unless its width is 0."""
 
-    shared_intermediate_size: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    shared_intermediate_size: CountOrZero = 0
 
     @property
     def experts(self) -> ExpertSpec:
@@ -75,7 +75,7 @@ class GraniteMoeSharedConfig(GraniteMoeConfig, frozen=True, kw_only=True):
 class GraniteMoeHybridConfig(GraniteMoeSharedConfig, frozen=True, kw_only=True):
     """GraniteMoeHybridForCausalLM; `layers_block_type` is another name of `layer_types`."""
 
-    shared_intermediate_size: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 1024
+    shared_intermediate_size: CountOrZero = 1024
     position_embedding_type: str | None = None
     layer_types: list[str] | None = None
     layers_block_type: list[str] | None = None

@@ -1,10 +1,6 @@
 """Qwen1.5-MoE, Qwen2-MoE and Qwen3-MoE: settings, and names of tensors."""
 
-from typing import Annotated
-
-from msgspec import Meta
-
-from slimoe.converter.source.families.config import Count, RoutedConfig, SmallCount
+from slimoe.converter.source.families.config import Count, CountOrZero, RoutedConfig, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, EXPERTS, QK_NORMS, Family
 from slimoe.offload.model.architecture import Architecture
 from slimoe.offload.model.architectures import QWEN2MOE, QWEN3MOE
@@ -55,11 +51,11 @@ class Qwen2MoeConfig(Qwen3MoeConfig, frozen=True, kw_only=True):
     num_attention_heads: SmallCount = 16
     num_key_value_heads: SmallCount | None = 16
     moe_intermediate_size: Count = 1408
-    shared_expert_intermediate_size: Count = 5632
+    shared_expert_intermediate_size: CountOrZero = 5632
     num_experts: SmallCount = 60
     num_experts_per_tok: SmallCount = 4
     qkv_bias: bool = True
-    sliding_window: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = 4096
+    sliding_window: CountOrZero | None = 4096
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -70,6 +66,16 @@ class Qwen2MoeConfig(Qwen3MoeConfig, frozen=True, kw_only=True):
     def experts(self) -> ExpertSpec:
         """The experts, and the shared one."""
         return ExpertSpec(self.n_expert, self.n_expert_used, n_ff_shared=self.shared_expert_intermediate_size)
+
+    def unsupported(self, architecture: Architecture) -> str | None:
+        """A sentence about the first setting that a GGUF file of this architecture cannot express; None without any."""
+        return shared_problem(self.shared_expert_intermediate_size, architecture) or super().unsupported(architecture)
+
+
+def shared_problem(width: int, architecture: Architecture) -> str | None:
+    """What is wrong with the width of a shared expert in files that have one even where they do not say so."""
+    what = f"shared_expert_intermediate_size is 0, but layers of {architecture.name} files have a shared expert."
+    return None if width else what
 
 
 SHARED = {

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from slimoe.converter.source.families.config import Count, NestedConfig, RoutedConfig, SmallCount
+from slimoe.converter.source.families.config import Count, CountOrZero, NestedConfig, RoutedConfig, SmallCount
 from slimoe.converter.source.families.family import ATTENTION, EXPERTS, MTP, QK_NORMS, Change, Family
-from slimoe.converter.source.families.qwen import SHARED
+from slimoe.converter.source.families.qwen import SHARED, shared_problem
 from slimoe.converter.source.picked_rows import ChangedRows, Order, Values, picked_columns, picked_rows
 from slimoe.converter.source.stored_rows import StoredMatrix
 from slimoe.offload.errors import ModelFileError
@@ -41,7 +41,7 @@ class DeltaNetConfig(RoutedConfig, frozen=True, kw_only=True):
     max_position_embeddings: Count = 32768
     partial_rotary_factor: float | None = 0.25
     moe_intermediate_size: Count = 512
-    shared_expert_intermediate_size: Count = 512
+    shared_expert_intermediate_size: CountOrZero = 512
     num_experts: SmallCount = 512
     num_experts_per_tok: SmallCount = 10
     norm_topk_prob: bool = True
@@ -102,7 +102,7 @@ class DeltaNetConfig(RoutedConfig, frozen=True, kw_only=True):
         if self.linear_num_value_heads % self.linear_num_key_heads:
             what = f"{self.linear_num_value_heads} value heads of linear attention do not divide into groups for"
             return f"{what} {self.linear_num_key_heads} key heads."
-        return super().unsupported(architecture)
+        return shared_problem(self.shared_expert_intermediate_size, architecture) or super().unsupported(architecture)
 
 
 class Qwen3NextConfig(DeltaNetConfig, frozen=True, kw_only=True):

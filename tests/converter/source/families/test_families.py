@@ -142,8 +142,39 @@ def test_queries_of_full_rank_with_latent_attention(tmp_path: Path) -> None:
     np.testing.assert_allclose(engines(path), logits(source, TOKENS).numpy(), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "runs_in_llama_cpp"),
+    [
+        ("GraniteMoeHybrid", {"shared_intermediate_size": 0}, True),
+        ("DeepseekV3", {"n_shared_experts": 0}, False),
+        ("Glm4Moe", {"n_shared_experts": 0}, False),
+    ],
+)
+def test_shared_experts_without_neurons(
+    tmp_path: Path, name: str, settings: dict[str, Any], runs_in_llama_cpp: bool
+) -> None:
+    """transformers saves matrices of no rows, and of rows of no elements."""
+    source = save_family(tmp_path / "c", name, **settings)
+    assert any(0 in tensor.shape for tensor in load_file(source / "model.safetensors").values())
+    assert "shared experts" not in {count.kind for count in take_inventory(source).counts}
+    expected = logits(source, TOKENS).numpy()
+    np.testing.assert_allclose(torchs(source), expected, atol=1e-3)
+    path = converted(source, tmp_path / "m.gguf")
+    np.testing.assert_allclose(engines(path), expected, atol=1e-3)
+    notes = plan(ConvertOptions(source, tmp_path / "n.gguf", "F16")).notes
+    assert any("without shared experts" in note for note in notes) is not runs_in_llama_cpp
+    if runs_in_llama_cpp:
+        np.testing.assert_allclose(llama_cpps(path), expected, atol=1e-3)
+
+
 INEXPRESSIBLE: list[tuple[str, dict[str, Any], str]] = [
     ("Qwen2Moe", {"norm_topk_prob": True}, "norm_topk_prob is true, but in qwen2moe files .* are never scaled"),
+    ("Qwen2Moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0, but layers of qwen2"),
+    (
+        "Qwen3Next",
+        {"shared_expert_intermediate_size": 0},
+        "shared_expert_intermediate_size is 0, but layers of qwen3",
+    ),
     ("Qwen2Moe", {"mlp_only_layers": [1]}, r"mlp_only_layers is \[1\]"),
     ("GraniteMoe", {"attention_bias": True}, "attention_bias is true; biases of attention are not read for Granite"),
     ("GraniteMoe", {"logits_scaling": 0.0}, "logits_scaling: expected float > 0"),
