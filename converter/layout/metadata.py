@@ -52,6 +52,8 @@ def llamacpp_problem(spec: ModelSpec) -> str | None:
         )
     if shared and "counted" in shared.width and spec.n_expert and not spec.experts.n_ff_shared:
         return f"llama.cpp runs no {name} model without shared experts."
+    if spec.windowed and not any(spec.windowed):
+        return f"llama.cpp runs no {name} model without layers with a sliding window."
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from slimoe.converter.source.families.config import (
     Count,
@@ -34,13 +35,8 @@ _ROPE = {
     _WINDOWED: RopeFields(rope_type="default", rope_theta=1e4),
     _FULL: RopeFields(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1e6),
 }
-
-
-class LayerFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What one layer has other than the model says, as transformers saves it."""
-
-    head_dim: SmallCount | None = None
-    num_key_value_heads: SmallCount | None = None
+_LAYER_FIELDS = ("head_dim", "num_key_value_heads")
+"""What layers without a window may have other than the model says."""
 
 
 class Gemma4TextConfig(ModelConfig, frozen=True, kw_only=True):
@@ -70,7 +66,7 @@ class Gemma4TextConfig(ModelConfig, frozen=True, kw_only=True):
     moe_intermediate_size: Count | None = None
     global_head_dim: SmallCount | None = 512
     num_global_key_value_heads: SmallCount | None = None
-    per_layer_config: Mapping[str, LayerFields] | None = None
+    per_layer_config: Mapping[str, Mapping[str, SmallCount]] | UnsetType | None = UNSET
 
     @property
     def n_ff(self) -> int:
@@ -110,19 +106,21 @@ class Gemma4TextConfig(ModelConfig, frozen=True, kw_only=True):
     @property
     def n_embd_head(self) -> int:
         """Values per head in layers without a window."""
-        return self._own.head_dim or self.global_head_dim or super().n_embd_head
+        return self._own.get("head_dim") or super().n_embd_head
 
     @property
     def n_head_kv(self) -> int:
         """Key and value heads in layers without a window."""
-        stated = self.num_global_key_value_heads if self.attention_k_eq_v else None
-        return self._own.num_key_value_heads or stated or super().n_head_kv
+        return self._own.get("num_key_value_heads") or super().n_head_kv
 
     @property
-    def _own(self) -> LayerFields:
-        """What layers without a window have other than the model says."""
-        own = self.per_layer_config or {}
-        return next((own[str(n)] for n, windowed in enumerate(self.windowed) if not windowed and str(n) in own), _SAME)
+    def _own(self) -> Mapping[str, int]:
+        """What layers without a window have other than the model says: of each, as transformers saves it, or of all."""
+        if not isinstance(self.per_layer_config, UnsetType):
+            own = self.per_layer_config or {}
+            return next((own[str(n)] for n, windowed in enumerate(self.windowed) if not windowed and str(n) in own), {})
+        n_head_kv = self.num_global_key_value_heads if self.attention_k_eq_v else None
+        return {"head_dim": self.global_head_dim or 0, "num_key_value_heads": n_head_kv or 0}
 
     @property
     def window_attention(self) -> AttentionSpec:
@@ -178,18 +176,18 @@ class Gemma4TextConfig(ModelConfig, frozen=True, kw_only=True):
         if self.hidden_activation != "gelu_pytorch_tanh":
             return f"the activation {self.hidden_activation!r:.100} is not supported, only gelu_pytorch_tanh."
         own = self.per_layer_config or {}
-        every = [own.get(str(n), _SAME) for n in range(n_layer)]
-        if any(one != (_SAME if windowed else self._own) for one, windowed in zip(every, self.windowed, strict=True)):
+        if others := sorted({name for fields in own.values() for name in fields} - {*_LAYER_FIELDS}):
+            known = " and ".join(_LAYER_FIELDS)
+            return f"per_layer_config has {others[0]!r:.100}; of single layers only {known} are read."
+        every = [own.get(str(n), {}) for n in range(n_layer)] if own else []
+        if any(one != ({} if windowed else self._own) for one, windowed in zip(every, self.windowed, strict=False)):
             return "per_layer_config makes layers of the same kind differ."
         window = self._rope_of(_WINDOWED)
-        if window.rope_type != "default" or window.partial_rotary_factor not in (msgspec.UNSET, None, 1.0):
+        if window.rope_type != "default" or window.partial_rotary_factor not in (UNSET, None, 1.0):
             return f"the rotation of {_WINDOWED} is not supported, only rope_type 'default' of whole heads."
         if self.rope.rope_type != "proportional":
             return f"the rotation of {_FULL} is not supported, only rope_type 'proportional'."
         return super().unsupported(architecture)
-
-
-_SAME = LayerFields()
 
 
 class Gemma4Config(NestedConfig, frozen=True, kw_only=True):

@@ -121,6 +121,29 @@ def test_torch_the_engine_and_llama_cpp_compute_what_transformers_does(
     assert (f"blk.{last}.attn_v.weight" in file.tensors) == (case == "values of their own everywhere")
 
 
+@pytest.mark.parametrize("n_head_kv", [1, 2])
+def test_heads_as_large_in_all_layers(tmp_path: Path, sentencepiece_path: Path, n_head_kv: int) -> None:
+    """Then transformers saves nothing of single layers, or only their heads of keys."""
+    settings = {"global_head_dim": 16, "num_global_key_value_heads": n_head_kv}
+    source = save_gemma(tmp_path / "c", sentencepiece_path, **settings)
+    config = json.loads((source / "config.json").read_text())
+    assert "head_dim" not in config["per_layer_config"].get("2", {})
+    assert_alike(source, tmp_path / "m.gguf", logits(source, TOKENS).numpy())
+    of_layers = open_source(source).spec
+    older = {name: value for name, value in config.items() if name != "per_layer_config"}
+    (source / "config.json").write_text(json.dumps(older | settings))
+    assert open_source(source).spec == of_layers
+
+
+def test_a_file_without_windows_is_none_for_llama_cpp(tmp_path: Path, sentencepiece_path: Path) -> None:
+    """It ends with a failed assertion of llama.cpp, so that only the engine is asked."""
+    source = save_gemma(tmp_path / "c", sentencepiece_path, layer_types=["full_attention"] * 3)
+    expected = logits(source, TOKENS).numpy()
+    np.testing.assert_allclose(engines(converted(source, tmp_path / "m.gguf")), expected, atol=1e-2)
+    notes = plan(ConvertOptions(source, tmp_path / "n.gguf", "F16")).notes
+    assert any("without layers with a sliding window" in note for note in notes)
+
+
 def test_the_language_model_of_one_that_sees(checkpoint: Path, tmp_path: Path, sentencepiece_path: Path) -> None:
     language = json.loads((checkpoint / "config.json").read_text())
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -177,6 +200,7 @@ def test_text_is_read_as_transformers_reads_it(
         ({"hidden_activation": "relu"}, "the activation 'relu' is not supported, only gelu_pytorch_tanh"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
         ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config makes layers of the same kind differ"),
+        ({"per_layer_config": {"0": {"sliding_window": 4}}}, "per_layer_config has 'sliding_window'; of single layers"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "only rope_type 'proportional'"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "only rope_type 'default' of whole"),
     ],
