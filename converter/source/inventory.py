@@ -29,17 +29,17 @@ _KINDS = (
     ("MTP blocks", r"^mtp\."),
     ("image encoder", r"^model\.(visual|vision_tower|embed_vision)\."),
     ("sound encoder", r"^model\.(audio_tower|embed_audio)\."),
-    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.|\.router\."),
+    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward|mixer)\.(gate|router)\.|\.router\."),
     ("router", r"e_score_correction_bias|expert_bias"),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert|shared_mlp"),
     ("constant experts", r"ffn_novice"),
     ("compressed experts", r"ffn_aux_"),
     ("experts", r"_exps|_chexps|ffn_(gate|up|down)\.\d+\.|\.experts\.|block_sparse_moe\.(in|out)put_linear"),
-    ("attention", r"attn|ssm|\bconv|shortconv"),
+    ("attention", r"attn|ssm|\bconv|shortconv|\.mamba\.|\.mixer\.(?!fc)"),
     ("embeddings", r"embd|embed"),
     ("output", r"^output\.|lm_head"),
-    ("feed-forward", r"ffn|mlp|feed_forward"),
+    ("feed-forward", r"ffn|mlp|feed_forward|latent_proj"),
 )
 """Kinds of tensors and what their names contain, in GGUF and in Hugging Face; the first that matches counts."""
 

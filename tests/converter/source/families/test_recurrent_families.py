@@ -74,9 +74,9 @@ def test_the_language_model_of_one_that_reads_images(tmp_path: Path, is_tied: bo
     assert take_inventory(source).sizes["n_expert"] == 8
 
 
-@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2Moe"])
+@pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2Moe", *MAMBA])
 def test_an_inventory_tells_the_parts(tmp_path: Path, name: str) -> None:
-    source = save_family(tmp_path / "c", name)
+    source = save_family(tmp_path / "c", name, **({"moe_latent_size": 32} if name == "NemotronH" else {}))
     found, file = take_inventory(source), take_inventory(converted(source, tmp_path / "m.gguf"))
     weights = [{one.kind: 0 for one in of.counts} for of in (found, file)]
     for of, sums in zip((found, file), weights, strict=True):
@@ -84,6 +84,8 @@ def test_an_inventory_tells_the_parts(tmp_path: Path, name: str) -> None:
             sums[one.kind] += one.n_weights
     assert "other" not in weights[0]
     assert weights[0] == weights[1]
+    if name in MAMBA:
+        return
     n_layer = found.sizes["n_layer"] - (name == "Lfm2Moe")
     assert weights[0]["experts"] == n_layer * 8 * 3 * 64 * 96
     assert weights[0]["router"] == n_layer * (8 * 64 + 8 * (name == "Lfm2Moe"))
