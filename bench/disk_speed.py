@@ -26,6 +26,8 @@ THREADS = (1, 2, 4, 8)
 REQUESTS = (1 << 21, 1 << 30)
 """Bytes asked for at once, at most: some disks like whole pieces, others parts of them."""
 _ALIGNED = 4096
+_LEAST_MEMORY = 4 << 20
+"""Less than two huge pages would lie on small ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,13 @@ def _speed(file: int, size: int, pieces: tuple[int, int], n_threads: int, second
     `pieces`: bytes that lie together, and bytes of one request.
     """
     piece, request = pieces
-    memories = [mmap.mmap(-1, piece, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(n_threads)]
+    n_bytes = max(piece, _LEAST_MEMORY)
+    memories = [mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(n_threads)]
     for memory in memories:
         # In small pages a disk takes up to twice as long, and shared memory, mmap's default, gets no others.
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        memory[::_ALIGNED] = bytes(len(range(0, piece, _ALIGNED)))
+        memory[::_ALIGNED] = bytes(len(range(0, n_bytes, _ALIGNED)))
     read = [0] * n_threads
     begin = time.perf_counter()
 

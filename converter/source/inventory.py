@@ -29,7 +29,10 @@ _KINDS = (
     ("MTP blocks", r"^mtp\."),
     ("image encoder", r"^model\.(visual|vision_tower|embed_vision)\."),
     ("sound encoder", r"^model\.(audio_tower|embed_audio)\."),
-    ("router", r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward|mixer)\.(gate|router)\.|\.router\."),
+    (
+        "router",
+        r"ffn_gate_inp(?!_shexp)|exp_probs_b|(mlp|block_sparse_moe|feed_forward|mixer)\.(gate|router)\.|\.router\.",
+    ),
     ("router", r"e_score_correction_bias|expert_bias"),
     ("norms", r"norm"),
     ("shared experts", r"shexp|shared_expert|shared_mlp"),

@@ -167,7 +167,7 @@ class Calibration:
         nearest = 1 << round(math.log2(max(PAGE, min(self._needs.matrix_bytes, MAX_PIECE))))
         piece = max(PAGE, min(nearest, _power_of_two(limits.ram // (N_UNDER_WAY + 1))))
         how = "direct" if limits.direct_io else "buffered"
-        name = f"disk {os.stat(gguf.path).st_dev}, matrices of {piece >> 10} KiB, {how}"
+        name = f"disk {os.stat(gguf.path).st_dev}, {piece >> 10} KiB to huge pages, {how}"
         direct, clock = limits.direct_io, limits.clock
         return self._known(name, _Number, lambda: _Number(disk_bytes_per_second(gguf, piece, direct, clock))).value
 

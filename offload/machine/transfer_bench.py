@@ -1,5 +1,6 @@
 """Times how fast bytes come from the disk that a model lies on, and how fast they cross to a device and back."""
 
+import mmap
 import os
 import random
 import time
@@ -11,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from slimoe.offload.cache.disk_reader import PAGE, DiskReader, Read, padded
+from slimoe.offload.cache.disk_reader import DiskReader, Read, padded
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.cpu_backend import Backend
@@ -19,6 +20,7 @@ from slimoe.offload.gguf.header import GGUFFile
 from slimoe.offload.machine.kernel_bench import Clock, lower_quartile
 from slimoe.offload.machine.speed import LinkSpeed
 from slimoe.offload.model.tensors import Span
+from slimoe.offload.resources.memory import advise_huge_pages
 
 MAX_PIECE = 32 << 20
 """Reading more at once is no faster, on any disk."""
@@ -26,6 +28,10 @@ _ROUNDS, _ROUND_BYTES, _ROUND_SECONDS = 4, 128 << 20, 0.125
 N_UNDER_WAY = 6
 """Matrices of two experts, one of which is read while the next waits."""
 _LINK_ROUNDS = 6
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+"""Shared memory, mmap's default, gets no huge pages."""
+_LEAST_MEMORY = 8 << 20
+"""Less would lie on small pages for the most part."""
 
 
 class Reader(Protocol):
@@ -52,8 +58,10 @@ def read_speed(reader: Reader, pieces: Iterator[Span], clock: Clock) -> float:
     """Bytes per second: the median of several rounds, since what disturbs a disk can also hasten it."""
     first = next(pieces)
     room = padded(first.n_bytes)
-    memory = np.empty(N_UNDER_WAY * room + PAGE, np.uint8)
-    base = -(-memory.ctypes.data // PAGE) * PAGE
+    # On huge pages, as the engine's slots: to small ones, which memory that was freed before has, a disk is slower.
+    memory = np.frombuffer(mmap.mmap(-1, max(N_UNDER_WAY * room, _LEAST_MEMORY), flags=_FLAGS), np.uint8)
+    base = int(memory.ctypes.data)
+    advise_huge_pages(base, memory.nbytes)
     addresses = [base + index * room for index in range(N_UNDER_WAY)]
     speeds = [_read_round(reader, pieces, addresses, clock) for _ in range(_ROUNDS)]
     return float(np.median(speeds))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -304,6 +305,33 @@ def test_the_speed_of_the_disk_is_found(n_bytes: int) -> None:
     assert len(disk.addresses) == disk.most
     assert all(address % PAGE == 0 for address in disk.addresses)
     assert clock.now < 0.7
+
+
+@pytest.mark.parametrize("n_bytes", [50_000, 3 << 20])
+def test_the_disk_is_read_to_huge_pages_as_the_engine_reads_it(n_bytes: int) -> None:
+    """To small ones it gave half as many bytes in a second, and plans expected a third more time than was taken."""
+    flags = dict[int, list[str]]()
+
+    class Disk(_KnownDisk):
+        def submit(self, parts: list[tuple[Span, int]], *, demanded: bool) -> Read:
+            flags.update((address, _flags_of_memory(address)) for _, address in parts if address not in flags)
+            return super().submit(parts, demanded=demanded)
+
+    disk = Disk(Clock())
+    read_speed(disk, _pieces(n_bytes), disk.clock)
+    has_huge_pages = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ["hg" in of for of in flags.values()] == [has_huge_pages] * N_UNDER_WAY
+
+
+def _flags_of_memory(address: int) -> list[str]:
+    """What the system notes of the memory that an address lies in (VmFlags of proc(5); hg: on huge pages if it can)."""
+    is_there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_there = int(found[1], 16) <= address < int(found[2], 16)
+        elif is_there and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise LookupError(hex(address))
 
 
 def test_pieces_lie_within_the_file(gguf: GGUFFile) -> None:
