@@ -73,7 +73,7 @@ class Family:
     further tokens, or have to do with images. `changes` makes a GGUF tensor, by its name in a layer or in the file,
     of the one that is stored, and `split` has the GGUF tensors that one of a layer makes, by its name. If the language
     model is a part of the whole, `nested` reads the configuration, and `prefix` stands before the names of its tensors
-    in place of `model.`.
+    in place of `model.`, which is read as well.
     """
 
     model_type: str

@@ -271,7 +271,7 @@ _TEXT = Family(
         "linear_attn.in_proj_a": "ssm_alpha",
         "linear_attn.in_proj_b": "ssm_beta",
     },
-    skipped=("mtp.",),
+    skipped=("mtp.", "model.visual."),
     changes=_NORMS
     | {
         "attn_qkv.weight": lambda stored, of: _tiled_rows(stored, _tiled(of, of.n_state, 2 * of.n_group * of.n_state)),
@@ -283,6 +283,8 @@ _TEXT = Family(
         "ssm_a": lambda stored, of: _tiled_columns(decay(stored, of), _tiled(of, 1)),
         "ssm_out.weight": lambda stored, of: _tiled_columns(stored, _tiled(of, of.n_state)),
     },
+    # transformers keeps the longer names, too, where it saves the language model of one that reads images.
+    prefix="model.language_model.",
 )
 FAMILIES = {
     "Qwen3NextForCausalLM": _NEXT,
@@ -291,8 +293,6 @@ FAMILIES = {
         _TEXT,
         model_type="qwen3_5_moe",
         nested=Qwen35MoeImageConfig,
-        skipped=("mtp.", "model.visual."),
-        prefix="model.language_model.",
     ),
 }
 """The families by the name of their model class."""

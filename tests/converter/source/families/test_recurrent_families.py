@@ -74,6 +74,16 @@ def test_the_language_model_of_one_that_reads_images(tmp_path: Path, is_tied: bo
     assert take_inventory(source).sizes["n_expert"] == 8
 
 
+def test_a_language_model_that_was_saved_without_what_reads_images(tmp_path: Path) -> None:
+    whole, source = save_with_images(tmp_path / "c"), tmp_path / "d"
+    transformers.Qwen3_5MoeForCausalLM.from_pretrained(whole).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(whole / name, source)
+    assert "model.language_model.norm.weight" in load_file(source / "model.safetensors")
+    assert json.loads((source / "config.json").read_text())["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    assert_all_alike(source, tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("name", ["Qwen3Next", "Lfm2Moe", *MAMBA])
 def test_an_inventory_tells_the_parts(tmp_path: Path, name: str) -> None:
     source = save_family(tmp_path / "c", name, **({"moe_latent_size": 32} if name == "NemotronH" else {}))
