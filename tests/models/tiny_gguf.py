@@ -240,9 +240,9 @@ _DELTA_NET_INPUT = ("attn_qkv.weight", "attn_gate.weight")
 
 def _mamba2(n_group: int) -> dict[str, tuple[str | int, ...]]:
     return {
-        "ssm_in.weight": (1032 + 128 * n_group, "n_embd"),
-        "ssm_conv1d.weight": (512 + 128 * n_group, 4),
-        "ssm_conv1d.bias": (512 + 128 * n_group,),
+        "ssm_in.weight": (1032 + 256 * n_group, "n_embd"),
+        "ssm_conv1d.weight": (512 + 256 * n_group, 4),
+        "ssm_conv1d.bias": (512 + 256 * n_group,),
         "ssm_dt.bias": (8,),
         "ssm_a": (8, 1),
         "ssm_d": (8, 1),
@@ -255,7 +255,7 @@ def _mamba2_keys(n_group: int) -> dict[str, int | float | bool | str | list[int]
     return {
         "ssm.conv_kernel": 4,
         "ssm.inner_size": 512,
-        "ssm.state_size": 64,
+        "ssm.state_size": 128,
         "ssm.time_step_rank": 8,
         "ssm.group_count": n_group,
     }
