@@ -25,6 +25,8 @@ from tests.offload.test_predicted_drafts import REQUESTS, TEXT
 
 SHAPE = FineShape(n_layer=4, n_embd_head=64, n_expert=8, n_expert_used=2)
 FAMILIES = ("glm4moe", "qwen3next", "qwen35moe")
+LATENT = [pytest.param(name, id=f"latent_attention of {name}") for name in ("deepseek2", "glm-dsa")]
+"""Named so that `scripts/test-device` leaves them out where kernels of latent attention are compiled for too long."""
 WHOLE = 2.0
 Array = np.ndarray[Any, Any]
 
@@ -33,7 +35,7 @@ def config(path: Path, **changed: Any) -> EngineConfig:
     return engine_config(path, **{"n_ctx": 256, "n_batch": 64, "n_threads": 1, "n_parallel": 3} | changed)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *LATENT])
 def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file whose block is right but for some tokens."""
     folder = tmp_path_factory.mktemp("right")
