@@ -86,6 +86,7 @@ class _Config(msgspec.Struct):
     eos_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
     unk_token_id: _TokenIds = None
     pad_token_id: _TokenIds | msgspec.UnsetType = msgspec.UNSET
+    text_config: "_Config | None" = None  # the language model's, where that is a part of the whole
 
     def ids(self, role: str) -> list[int]:
         """The ids of the tokens that have a role."""
@@ -122,6 +123,7 @@ class TokenizerSettings:
         tokenizer = _optional(path / "tokenizer_config.json", _TokenizerConfig)
         names = _optional(path / "special_tokens_map.json", _Roles)
         configs = [_optional(path / name, _Config) for name in ("generation_config.json", "config.json")]
+        configs.append(configs[1].text_config or _Config())
         if tokenizer.split_special_tokens:
             problem = "split_special_tokens takes special tokens apart, which a GGUF file cannot say."
             raise UnsupportedModelError(path / "tokenizer_config.json", problem)

@@ -74,6 +74,19 @@ def test_the_language_model_of_one_that_reads_images(tmp_path: Path, is_tied: bo
     assert take_inventory(source).sizes["n_expert"] == 8
 
 
+def test_ends_of_answers_that_the_language_models_part_of_the_settings_names(tmp_path: Path) -> None:
+    """As transformers reads them where no file for generation says other."""
+    source = save_with_images(tmp_path / "c")
+    language = json.loads((source / "config.json").read_text())["text_config"]
+    with_config(source, text_config=language | {"eos_token_id": [501, 502], "bos_token_id": 500})
+    (source / "generation_config.json").unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))
+    theirs = transformers.Qwen3_5MoeForConditionalGeneration.from_pretrained(source).generation_config
+    found = open_source(source).metadata
+    assert [found[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot")] == theirs.eos_token_id == [501, 502]
+    assert found["tokenizer.ggml.bos_token_id"] == theirs.bos_token_id
+
+
 def test_a_language_model_that_was_saved_without_what_reads_images(tmp_path: Path) -> None:
     whole, source = save_with_images(tmp_path / "c"), tmp_path / "d"
     transformers.Qwen3_5MoeForCausalLM.from_pretrained(whole).save_pretrained(source)
