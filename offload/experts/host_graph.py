@@ -29,7 +29,7 @@ from slimoe.offload.model.architecture import Activation
 from slimoe.offload.model.experts import SlotClass
 
 _MAX_GRAPHS = 48
-_N_NODES = 72
+_N_NODES = 80
 _MAPPING_BYTES = 8
 """What `mul_mat_id` sets aside for each slot and pair."""
 _MOST_MAPPING = 8 << 20
@@ -262,7 +262,8 @@ class ExpertGraphs:
             structure.buffer = self._nowhere
             structure.data = ggml_backend.ggml_backend_buffer_get_base(self._nowhere)
         n_biases, n_matrices = len(vectors) // 2, len(shape.slot_class.matrices)
-        extras = ExpertExtras(self._vectors.activation, tuple(vectors[:n_biases]), tuple(vectors[n_biases:]))
+        vectors_of_both = tuple(vectors[:n_biases]), tuple(vectors[n_biases:])
+        extras = ExpertExtras(self._vectors.activation, *vectors_of_both, on_cpu=True)
         builder = PairBuilder(ctx, graph, self._exchange, shape.n_tokens if isinstance(shape, _Pairs) else 1)
         if isinstance(shape, TokenShape):
             slots = add_input(ctx, self._exchange.shape.n_used)

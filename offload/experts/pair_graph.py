@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.graph.exchange import Exchange
 from slimoe.offload.graph.expert_ffn import NO_EXTRAS, ExpertExtras, add_expert_ffn
+from slimoe.offload.graph.linear import add_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ class PairBuilder:
         *gate_up, down = stacks
         outputs = add_expert_ffn(ctx, gate_up, down, rows, ids, extras)
         weights = ggml.ggml_get_rows(ctx, self._weights, inputs.columns)
-        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, weights, 1, *selected))
+        each = int(ggml.ggml_reshape_3d(ctx, weights, 1, *selected))
+        weighted = add_factors(ctx, outputs, each, on_cpu=extras.on_cpu)
         flat = ggml.ggml_reshape_2d(ctx, weighted, n_embd, n_pairs)
         written = ggml.ggml_set_rows(ctx, self._outputs, flat, inputs.columns)
         ggml.ggml_build_forward_expand(self._graph, written)
@@ -97,7 +99,8 @@ class PairBuilder:
             extras = replace(extras, ids=int(ggml.ggml_reshape_2d(ctx, experts, n_used, 1)))
         *gate_up, down = stacks
         outputs = add_expert_ffn(ctx, gate_up, down, rows, ggml.ggml_reshape_2d(ctx, slots, n_used, 1), extras)
-        weighted = ggml.ggml_mul(ctx, outputs, ggml.ggml_reshape_3d(ctx, self._weights, 1, n_used, 1))
+        each = int(ggml.ggml_reshape_3d(ctx, self._weights, 1, n_used, 1))
+        weighted = add_factors(ctx, outputs, each, on_cpu=extras.on_cpu)
         flat = ggml.ggml_reshape_2d(ctx, weighted, self._n_embd, n_used)
         ggml.ggml_build_forward_expand(self._graph, ggml.ggml_cpy(ctx, flat, self._outputs))
         return experts

@@ -160,6 +160,10 @@ def ggml_mul(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
 
 
 @c_function(_BASE)
+def ggml_out_prod(ctx: Ptr, a: Ptr, b: Ptr) -> Ptr: ...
+
+
+@c_function(_BASE)
 def ggml_scale(ctx: Ptr, a: Ptr, factor: F32) -> Ptr: ...
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from slimoe.offload.errors import DoesNotFitError
 from slimoe.offload.ggml import buffers as ggml_backend
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.ggml.cpu_backend import Backend
+from slimoe.offload.ggml.cpu_backend import Backend, CpuBackend
 
 _ALIGNMENT = 256
 _DTYPES: dict[int, type[np.generic]] = {
@@ -72,6 +72,7 @@ class Exchange:
 
     def __init__(self, backend: Backend, shape: ExchangeShape) -> None:
         self._backend, self.shape, self.is_host = backend, shape, backend.is_host
+        self.on_cpu = isinstance(backend, CpuBackend)
         n_tokens, n_embd, n_embd_expert = shape.n_tokens, shape.n_embd, shape.n_embd_expert
         wanted = {
             "tokens": (Type.I32, n_tokens),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slimoe.offload.ggml import ops as ggml
-from slimoe.offload.graph.linear import add_linear
+from slimoe.offload.graph.linear import add_factors, add_linear, in_parts
 from slimoe.offload.graph.weights import LayerWeights, SharedWeights
 from slimoe.offload.model.architecture import Activation, Architecture
 
@@ -29,7 +29,8 @@ class ExpertExtras:
     [1, n_stored]; either is () or has 0 for one that is missing. `ids` I32 [n_selected, n_rows] are the selected
     experts' places in both, which need not be their places in the stacks of matrices. Gate and up that have vectors are
     not joined.
-    `is_down_wide` asks for kernels that take down's inputs as F32, or in a form of the same range.
+    `is_down_wide` asks for kernels that take down's inputs as F32, or in a form of the same range; `on_cpu` says that
+    the CPU computes them.
     """
 
     activation: Activation = "swiglu"
@@ -37,6 +38,7 @@ class ExpertExtras:
     scales: tuple[int, ...] = ()
     ids: int = 0
     is_down_wide: bool = False
+    on_cpu: bool = False
 
     @property
     def has_vectors(self) -> bool:
@@ -53,7 +55,7 @@ def add_dense_ffn(ctx: int, layer: LayerWeights, normed: int, activation: Activa
     return add_linear(ctx, layer.down, add_activation(ctx, projected, activation))
 
 
-def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture: Architecture) -> int:
+def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture: Architecture, *, on_cpu: bool) -> int:
     """The output of a shared expert, [n_embd, n_rows]."""
     projected = [add_linear(ctx, part, normed) for part in shared.gate_up]
     output = add_linear(ctx, shared.down, add_activation(ctx, projected, architecture.activation))
@@ -61,8 +63,10 @@ def add_shared_expert(ctx: int, shared: SharedWeights, normed: int, architecture
         return output
     gate = ggml.ggml_mul_mat(ctx, shared.gate, normed)
     if architecture.shared is not None and architecture.shared.gate == "sigmoid":
-        return int(ggml.ggml_mul(ctx, output, ggml.ggml_sigmoid(ctx, gate)))
-    return int(ggml.ggml_mul(ctx, output, ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)))
+        factors = ggml.ggml_sigmoid(ctx, gate)
+    else:
+        factors = ggml.ggml_div(ctx, ggml.ggml_silu(ctx, gate), gate)
+    return add_factors(ctx, output, int(factors), on_cpu=on_cpu)
 
 
 def expert_input(ctx: int, layer: LayerWeights, normed: int) -> int:
@@ -70,16 +74,16 @@ def expert_input(ctx: int, layer: LayerWeights, normed: int) -> int:
     return add_linear(ctx, layer.expert_latent[0], normed) if layer.expert_latent else normed
 
 
-def layer_extras(ctx: int, architecture: Architecture, layer: LayerWeights | None, ids: int = 0) -> ExpertExtras:
+def layer_extras(
+    ctx: int, architecture: Architecture, layer: LayerWeights | None, ids: int = 0, *, on_cpu: bool = False
+) -> ExpertExtras:
     """The extras of a layer whose selected experts are `ids`, where these are known; None has no vectors."""
     if layer is None:
-        return ExpertExtras(architecture.activation, is_down_wide=architecture.is_down_wide)
+        return ExpertExtras(architecture.activation, is_down_wide=architecture.is_down_wide, on_cpu=on_cpu)
     scales = tuple(
         int(ggml.ggml_reshape_2d(ctx, one, 1, ggml.tensor_at(one).ne[0])) if one else 0 for one in layer.expert_scales
     )
-    return ExpertExtras(
-        architecture.activation, layer.expert_biases, scales, ids, is_down_wide=architecture.is_down_wide
-    )
+    return ExpertExtras(architecture.activation, layer.expert_biases, scales, ids, architecture.is_down_wide, on_cpu)
 
 
 def add_expert_ffn(
@@ -100,7 +104,7 @@ def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras
     if extras.is_down_wide and place == _DOWN:
         ggml.ggml_prec_set_src(product, ggml.PREC_F32, 1)
     if extras.scales and extras.scales[place]:
-        product = add_expert_scale(ctx, product, extras.scales[place], extras.ids)
+        product = add_expert_scale(ctx, product, extras.scales[place], extras.ids, on_cpu=extras.on_cpu)
     if extras.biases and extras.biases[place]:
         bias, n_out = extras.biases[place], ggml.tensor_at(product).ne[0]
         tensor = ggml.tensor_at(bias)
@@ -110,10 +114,10 @@ def _add_product(ctx: int, stack: int, rows: int, ids: int, extras: ExpertExtras
     return product
 
 
-def add_expert_scale(ctx: int, product: int, scale: int, ids: int) -> int:
+def add_expert_scale(ctx: int, product: int, scale: int, ids: int, *, on_cpu: bool = False) -> int:
     """The product [n, n_selected, n_rows] of the selected experts, times their entries of `scale` F32 [1, n_stored]."""
     repeated = ggml.ggml_repeat_4d(ctx, scale, 1, ggml.tensor_at(scale).ne[1], ggml.tensor_at(ids).ne[1], 1)
-    return int(ggml.ggml_mul(ctx, product, ggml.ggml_get_rows(ctx, repeated, ids)))
+    return add_factors(ctx, product, int(ggml.ggml_get_rows(ctx, repeated, ids)), on_cpu=on_cpu)
 
 
 def add_expert_sum(ctx: int, outputs: int) -> int:
@@ -128,7 +132,7 @@ def add_expert_sum(ctx: int, outputs: int) -> int:
     return int(total)
 
 
-def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights: int) -> int:
+def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights: int, *, on_cpu: bool) -> int:
     """The sum `total` [n_embd, n_rows] of the computed experts, with what stands for those that are selected only.
 
     These are `ids` I32 [n_aux, n_rows], with the `weights` F32 [n_aux, n_rows].
@@ -140,7 +144,8 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
 
     def mixed(vectors: int, factors: int) -> int:
         found = ggml.ggml_reshape_3d(ctx, ggml.ggml_get_rows(ctx, vectors, flat), n_embd, n_aux, n_rows)
-        return add_expert_sum(ctx, ggml.ggml_mul(ctx, found, ggml.ggml_reshape_3d(ctx, factors, 1, n_aux, n_rows)))
+        each = int(ggml.ggml_reshape_3d(ctx, factors, 1, n_aux, n_rows))
+        return add_expert_sum(ctx, add_factors(ctx, int(found), each, on_cpu=on_cpu))
 
     gains, shifts = layer.aux
     gain = mixed(gains, ggml.ggml_div(ctx, weights, whole))
@@ -161,7 +166,10 @@ def add_activation(ctx: int, projected: Sequence[int], activation: Activation = 
         return int(ggml.ggml_swiglu_oai(ctx, gate, up, _OAI_ALPHA, _OAI_LIMIT))
     if activation == "geglu":
         gate, up = projected if len(projected) == 2 else _halves(ctx, projected[0])
-        return int(ggml.ggml_geglu_split(ctx, gate, up))
+        ne = ggml.tensor_at(gate).ne[:3]
+        if ne[1] == ne[2] == 1:
+            gate, up = in_parts(ctx, gate), in_parts(ctx, up)
+        return int(ggml.ggml_reshape_3d(ctx, ggml.ggml_geglu_split(ctx, gate, up), *ne))
     if len(projected) == 2:
         return int(ggml.ggml_swiglu_split(ctx, *projected))
     return int(ggml.ggml_swiglu(ctx, projected[0]))

@@ -167,7 +167,9 @@ class MtpRunner:
         for tensor in filled:
             ggml.ggml_set_input(tensor)
         inputs, shape = StepInputs(0, positions, cells, mask), StepShape(n_tokens, key.n_kv, key.n_kv, key.n_out)
-        blocks = BlockBuilder(ctx, graph, spec, weights.model, self._cache, shape, inputs)
+        blocks = BlockBuilder(
+            ctx, graph, spec, weights.model, self._cache, shape, inputs, on_cpu=isinstance(self._backend, CpuBackend)
+        )
         token = add_rms_norm(ctx, rows, weights.token_norm, spec.rms_eps)
         past = add_rms_norm(ctx, before, weights.hidden_norm, spec.rms_eps)
         hidden = add_linear(ctx, weights.joint, int(ggml.ggml_concat(ctx, token, past, 0)))

@@ -14,7 +14,7 @@ from slimoe.offload.ggml import ops as ggml
 from slimoe.offload.ggml.struct import Tensor, tensor_at
 from slimoe.offload.graph.attention import StepInputs, StepShape
 from slimoe.offload.graph.batch import Batch
-from slimoe.offload.graph.linear import add_linear, add_rms_norm
+from slimoe.offload.graph.linear import MOST_PARTS, add_linear, add_rms_norm
 from slimoe.offload.graph.weights import LayerWeights, RecurrentWeights
 from slimoe.offload.memory.kv_cache import KVTensors
 from slimoe.offload.model.recurrent_spec import RecurrentSpec
@@ -63,6 +63,7 @@ class RecurrentBuilder:
     shape: StepShape
     inputs: StepInputs
     views: StateViews | None
+    on_cpu: bool
 
     def add(self, index: int, layer: LayerWeights, hidden: int) -> int:
         """The output of layer `index`, [n_embd, n_tokens], for its normalised input."""
@@ -106,8 +107,14 @@ class RecurrentBuilder:
         """
         ctx, n_kept, n_channels = self.ctx, self.recurrent.n_conv - 1, self.recurrent.n_channels
         states, n_runs = self.cache.convs[index], self.shape.n_runs
-        past = self._read(states, n_kept, n_channels, n_runs)
-        every = ggml.ggml_concat(ctx, past, ggml.ggml_permute(ctx, columns, 1, 0, 2, 3), 0)
+        # ggml's CPU gives all that lies along the first two axes to one thread: channels lie along the third as well.
+        n_parts = math.gcd(n_channels, MOST_PARTS) if self.on_cpu else 1
+        width, (by_token, by_run) = n_channels // n_parts, ggml.tensor_at(columns).nb[1:3]
+        past = self._read(states, n_kept, width, n_parts, n_runs)
+        of_part = width, self._n_tokens, n_parts, n_runs
+        parts = ggml.ggml_view_4d(ctx, columns, *of_part, by_token, 4 * width, by_run, 0)
+        every = ggml.ggml_concat(ctx, past, ggml.ggml_permute(ctx, parts, 1, 0, 2, 3), 0)
+        every = ggml.ggml_reshape_3d(ctx, every, n_kept + self._n_tokens, n_channels, n_runs)
         strides, n_bytes = ggml.tensor_at(every).nb, 4 * self._n_tokens
         last = ggml.ggml_view_3d(ctx, every, n_kept, n_channels, n_runs, strides[1], strides[2], n_bytes)
         self._write(states, int(last if self.views else ggml.ggml_cont(ctx, last)))

@@ -100,7 +100,7 @@ def build_segment(
         states = [int(ggml.ggml_view_1d(ctx, exchange.tensor(name), n, 0)) for name, n in lengths.items()]
     inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
     views = StateViews() if shape.n_runs == 1 and exchange.is_host else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, views=views)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, views=views, on_cpu=exchange.on_cpu)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):
         hidden = blocks.add_attention(index, hidden)

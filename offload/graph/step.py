@@ -25,7 +25,15 @@ from slimoe.offload.graph.expert_ffn import (
 )
 from slimoe.offload.graph.expert_lookup import NODES_PER_EXPERT, NODES_PER_LAYER, ExpertLookup
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
-from slimoe.offload.graph.linear import add_linear, add_norm, add_rms_norm, add_scaled, last_rows
+from slimoe.offload.graph.linear import (
+    add_factors,
+    add_linear,
+    add_norm,
+    add_rms_norm,
+    add_scaled,
+    in_parts,
+    last_rows,
+)
 from slimoe.offload.graph.recurrent import RecurrentBuilder, StateViews
 from slimoe.offload.graph.router import Selection, add_router, aux_experts, router_input, select_experts
 from slimoe.offload.graph.weights import LayerWeights, ModelWeights
@@ -88,7 +96,7 @@ def build_step(
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup, views)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup, views, on_cpu=True)
     if lookup is not None:
         lookup.begin(ctx, graph)
     hidden = blocks.add_embeddings()
@@ -112,7 +120,7 @@ def graph_bytes(spec: ModelSpec, *, is_looked_up: bool) -> int:
 
 def _graph_size(spec: ModelSpec, n_layers: int, *, is_looked_up: bool) -> tuple[int, int]:
     """The most tensors of a graph, and its bytes."""
-    n_nodes = 64 + n_layers * (112 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
+    n_nodes = 64 + n_layers * (128 + 2 * spec.n_expert_used + 4 * spec.n_expert_aux)
     if is_looked_up:
         n_nodes += n_layers * (NODES_PER_LAYER + NODES_PER_EXPERT * spec.n_expert_used)
     n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
@@ -148,6 +156,7 @@ class BlockBuilder:
     """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
     lookup: ExpertLookup | None = None
     views: StateViews | None = None
+    on_cpu: bool = False
 
     def add_embeddings(self) -> int:
         """The token rows of a step, [n_embd, n_tokens]."""
@@ -169,7 +178,8 @@ class BlockBuilder:
         if layer.recurrent is not None:
             assert spec.recurrent is not None
             shape, inputs = self.shape, self.inputs
-            recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, self.cache, shape, inputs, self.views)
+            tensors = self.cache, shape, inputs, self.views
+            recurrent = RecurrentBuilder(ctx, self.graph, spec, spec.recurrent, *tensors, self.on_cpu)
             output = recurrent.add(index, layer, add_norm(ctx, hidden, layer.attn_norm, spec.rms_eps))
             return self._added(layer, output, hidden, n_rows)
         builder = AttentionBuilder if layer.latent is None else LatentAttentionBuilder
@@ -204,9 +214,9 @@ class BlockBuilder:
         else:
             rows = ggml.ggml_reshape_3d(ctx, read, spec.n_embd_expert, 1, ggml.tensor_at(read).ne[1])
             stacks = [part.weight for part in layer.gate_up]
-            extras = layer_extras(ctx, spec.architecture, layer, ids)
+            extras = layer_extras(ctx, spec.architecture, layer, ids, on_cpu=self.on_cpu)
             outputs = add_expert_ffn(ctx, stacks, layer.down.weight, rows, ids, extras)
-        weighted = ggml.ggml_mul(ctx, outputs, selection.weights)
+        weighted = add_factors(ctx, outputs, selection.weights, on_cpu=self.on_cpu)
         return self.add_experts(index, weighted, normed, hidden, selection)
 
     def add_experts(self, index: int, outputs: int, normed: int, hidden: int, selection: Selection) -> int:
@@ -218,14 +228,14 @@ class BlockBuilder:
         update, shared = add_expert_sum(ctx, outputs), layer.shared
         if selection.aux_weights:
             ids = aux_experts(ctx, self.spec, selection.ranked)
-            update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights)
+            update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights, on_cpu=self.on_cpu)
         if layer.expert_latent:
             update = add_linear(ctx, layer.expert_latent[1], update)
         update = self._normed(update, layer.post.experts)
         if shared is not None:
             read = self._normed(hidden, shared.norm) if shared.norm else normed
-            beside = self._normed(add_shared_expert(ctx, shared, read, self.spec.architecture), shared.post_norm)
-            update = int(ggml.ggml_add(ctx, update, beside))
+            beside = add_shared_expert(ctx, shared, read, self.spec.architecture, on_cpu=self.on_cpu)
+            update = int(ggml.ggml_add(ctx, update, self._normed(beside, shared.post_norm)))
         update = self._scaled(self._normed(update, layer.post.ffn), self.spec.multipliers.residual)
         return self._finished(layer, int(ggml.ggml_add(ctx, update, hidden)))
 
@@ -235,7 +245,9 @@ class BlockBuilder:
 
     def _finished(self, layer: LayerWeights, hidden: int) -> int:
         """The residual stream as it leaves a block."""
-        return int(ggml.ggml_mul(self.ctx, hidden, layer.post.scale)) if layer.post.scale else hidden
+        if not layer.post.scale:
+            return hidden
+        return add_factors(self.ctx, hidden, layer.post.scale, on_cpu=self.on_cpu)
 
     def add_output_norm(self, hidden: int) -> int:
         """The last layer's output, normalised, [n_embd, n_last]; the graph's own output where it is wanted."""
@@ -249,8 +261,9 @@ class BlockBuilder:
         rows = last_rows(self.ctx, normed, self.shape.n_out)
         logits = self._scaled(add_linear(self.ctx, self.weights.output, rows), self.spec.multipliers.logits)
         if softcap := self.spec.multipliers.softcap:
-            bounded = ggml.ggml_tanh(self.ctx, ggml.ggml_scale(self.ctx, logits, _inverse(softcap)))
-            logits = int(ggml.ggml_scale(self.ctx, bounded, softcap))
+            ne, parts = ggml.tensor_at(logits).ne[:2], in_parts(self.ctx, logits)
+            bounded = ggml.ggml_tanh(self.ctx, ggml.ggml_scale(self.ctx, parts, _inverse(softcap)))
+            logits = int(ggml.ggml_reshape_2d(self.ctx, ggml.ggml_scale(self.ctx, bounded, softcap), *ne))
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(self.graph, logits)
         return logits
