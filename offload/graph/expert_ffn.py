@@ -120,10 +120,18 @@ def add_expert_scale(ctx: int, product: int, scale: int, ids: int, *, on_cpu: bo
     return add_factors(ctx, product, int(ggml.ggml_get_rows(ctx, repeated, ids)), on_cpu=on_cpu)
 
 
-def add_expert_sum(ctx: int, outputs: int) -> int:
-    """Sums the weighted outputs [n_embd, n_expert_used, n_rows] over the experts."""
+def add_expert_sum(ctx: int, outputs: int, ones: int) -> int:
+    """Sums the weighted outputs [n_embd, n_expert_used, n_rows] over the experts, from the first to the last.
+
+    Where the CPU computes it, it is one operation, an outer product with `ones` [1, n, n_rows], of which there are
+    enough; elsewhere, with 0, an operation for each further expert. The values are the same to the last bit.
+    """
     tensor = ggml.tensor_at(outputs)
     n_embd, n_used, n_rows = tensor.ne[:3]
+    if ones and n_used > 1:
+        one, by_row = 4, ggml.tensor_at(ones).nb[2]
+        each = ggml.ggml_view_3d(ctx, ones, 1, n_used, n_rows, one, by_row, 0)
+        return int(ggml.ggml_reshape_2d(ctx, ggml.ggml_out_prod(ctx, outputs, each), n_embd, n_rows))
     total, *others = (
         ggml.ggml_view_2d(ctx, outputs, n_embd, n_rows, tensor.nb[2], index * tensor.nb[1]) for index in range(n_used)
     )
@@ -132,10 +140,10 @@ def add_expert_sum(ctx: int, outputs: int) -> int:
     return int(total)
 
 
-def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights: int, *, on_cpu: bool) -> int:
+def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights: int, ones: int) -> int:
     """The sum `total` [n_embd, n_rows] of the computed experts, with what stands for those that are selected only.
 
-    These are `ids` I32 [n_aux, n_rows], with the `weights` F32 [n_aux, n_rows].
+    These are `ids` I32 [n_aux, n_rows], with the `weights` F32 [n_aux, n_rows]; `ones` as for `add_expert_sum`.
     """
     n_embd = ggml.tensor_at(total).ne[0]
     n_aux, n_rows = ggml.tensor_at(ids).ne[:2]
@@ -145,7 +153,7 @@ def add_aux_experts(ctx: int, layer: LayerWeights, total: int, ids: int, weights
     def mixed(vectors: int, factors: int) -> int:
         found = ggml.ggml_reshape_3d(ctx, ggml.ggml_get_rows(ctx, vectors, flat), n_embd, n_aux, n_rows)
         each = int(ggml.ggml_reshape_3d(ctx, factors, 1, n_aux, n_rows))
-        return add_expert_sum(ctx, add_factors(ctx, int(found), each, on_cpu=on_cpu))
+        return add_expert_sum(ctx, add_factors(ctx, int(found), each, on_cpu=bool(ones)), ones)
 
     gains, shifts = layer.aux
     gain = mixed(gains, ggml.ggml_div(ctx, weights, whole))

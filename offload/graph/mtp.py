@@ -19,7 +19,7 @@ from slimoe.offload.graph.graph_pool import BuiltGraph, GraphPool
 from slimoe.offload.graph.latent_attention import LatentAttentionBuilder
 from slimoe.offload.graph.linear import add_linear, add_norm, add_rms_norm
 from slimoe.offload.graph.runner import Hidden, Logits
-from slimoe.offload.graph.step import BlockBuilder, add_embeddings, new_graph
+from slimoe.offload.graph.step import BlockBuilder, add_embeddings, add_ones, new_graph
 from slimoe.offload.graph.token_rows import TokenRows
 from slimoe.offload.graph.weights import Linear, ModelWeights
 from slimoe.offload.memory.kv_cache import KVCache
@@ -167,9 +167,8 @@ class MtpRunner:
         for tensor in filled:
             ggml.ggml_set_input(tensor)
         inputs, shape = StepInputs(0, positions, cells, mask), StepShape(n_tokens, key.n_kv, key.n_kv, key.n_out)
-        blocks = BlockBuilder(
-            ctx, graph, spec, weights.model, self._cache, shape, inputs, on_cpu=isinstance(self._backend, CpuBackend)
-        )
+        ones = add_ones(ctx, spec, n_tokens) if isinstance(self._backend, CpuBackend) else 0
+        blocks = BlockBuilder(ctx, graph, spec, weights.model, self._cache, shape, inputs, ones=ones)
         token = add_rms_norm(ctx, rows, weights.token_norm, spec.rms_eps)
         past = add_rms_norm(ctx, before, weights.hidden_norm, spec.rms_eps)
         hidden = add_linear(ctx, weights.joint, int(ggml.ggml_concat(ctx, token, past, 0)))

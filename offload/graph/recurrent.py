@@ -184,11 +184,24 @@ class RecurrentBuilder:
         self._write(states, ggml.ggml_view_1d(ctx, result, of.n_matrix_kept * n_runs, 4 * n_read))
         strides = (4 * n_head_values, 4 * of.n_inner, 4 * of.n_inner * n_tokens)
         output = ggml.ggml_view_4d(ctx, result, n_head_values, of.n_rank, *shape, *strides, 0)
-        output = ggml.ggml_add(ctx, output, ggml.ggml_mul(ctx, values, weights.skip))
+        output = ggml.ggml_add(ctx, output, self._skipped(values, weights.skip))
         gated = ggml.ggml_swiglu_split(ctx, ggml.ggml_cont(ctx, gate), output)
         grouped = int(ggml.ggml_reshape_4d(ctx, gated, of.n_inner // of.n_group, of.n_group, *shape))
         normed = add_rms_norm(ctx, grouped, weights.norm, self.spec.rms_eps)
         return add_linear(ctx, weights.output, int(ggml.ggml_reshape_2d(ctx, normed, of.n_inner, self.shape.n_tokens)))
+
+    def _skipped(self, values: int, skip: int) -> int:
+        """What goes past Mamba-2's states: the values [width, n_rank, n_tokens, n_runs], times `skip` [1, n_rank]."""
+        if not self.on_cpu:
+            return int(ggml.ggml_mul(self.ctx, values, skip))
+        # As in `add_factors`; the tokens of all runs lie one behind the other.
+        tensor, n_tokens = ggml.tensor_at(values), self.shape.n_tokens
+        width, n_rank = tensor.ne[:2]
+        by_head, by_token = tensor.nb[1:3]
+        rows = ggml.ggml_view_4d(self.ctx, values, width, 1, n_rank, n_tokens, by_head, by_head, by_token, 0)
+        each = ggml.ggml_repeat_4d(self.ctx, ggml.ggml_reshape_3d(self.ctx, skip, 1, 1, n_rank), 1, 1, n_rank, n_tokens)
+        product = ggml.ggml_out_prod(self.ctx, rows, each)
+        return int(ggml.ggml_reshape_4d(self.ctx, product, *tensor.ne))
 
     def _heads(self, mixed: int, width: int, count: int, begin: int) -> int:
         """Heads [width, count, n_tokens, n_runs] of the convolution's outputs from channel `begin` on."""

@@ -18,7 +18,7 @@ from slimoe.offload.graph.expert_ffn import expert_input
 from slimoe.offload.graph.linear import add_norm, add_scaled
 from slimoe.offload.graph.recurrent import StateViews
 from slimoe.offload.graph.router import Selection, add_choice, add_router, router_input
-from slimoe.offload.graph.step import BlockBuilder, new_graph
+from slimoe.offload.graph.step import BlockBuilder, add_ones, new_graph
 from slimoe.offload.graph.weights import ModelWeights
 from slimoe.offload.memory.kv_cache import KVCache
 from slimoe.offload.model.spec import ModelSpec
@@ -100,7 +100,8 @@ def build_segment(
         states = [int(ggml.ggml_view_1d(ctx, exchange.tensor(name), n, 0)) for name, n in lengths.items()]
     inputs = StepInputs(tokens, positions, cells, mask, window_cells, window_mask, temperatures, *states)
     views = StateViews() if shape.n_runs == 1 and exchange.is_host else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, views=views, on_cpu=exchange.on_cpu)
+    ones = add_ones(ctx, spec, shape.n_tokens) if exchange.on_cpu else 0
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, views=views, ones=ones)
     hidden = _first_hidden(blocks, exchange, segment)
     for index in range(segment.first, segment.last + 1):
         hidden = blocks.add_attention(index, hidden)

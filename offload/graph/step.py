@@ -96,7 +96,8 @@ def build_step(
         if tensor:
             ggml.ggml_set_input(tensor)
     ranked: list[tuple[int, int]] | None = [] if shape.n_tokens <= WATCHED_TOKENS else None
-    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup, views, on_cpu=True)
+    ones = add_ones(ctx, spec, shape.n_tokens)
+    blocks = BlockBuilder(ctx, graph, spec, weights, cache, shape, inputs, ranked, lookup, views, ones)
     if lookup is not None:
         lookup.begin(ctx, graph)
     hidden = blocks.add_embeddings()
@@ -125,6 +126,12 @@ def _graph_size(spec: ModelSpec, n_layers: int, *, is_looked_up: bool) -> tuple[
         n_nodes += n_layers * (NODES_PER_LAYER + NODES_PER_EXPERT * spec.n_expert_used)
     n_bytes = n_nodes * ggml.ggml_tensor_overhead() + ggml.ggml_graph_overhead_custom(n_nodes, False)
     return n_nodes, n_bytes
+
+
+def add_ones(ctx: int, spec: ModelSpec, n_tokens: int) -> int:
+    """Ones F32 [1, n, n_tokens] for as many experts as a token selects."""
+    n = max(1, spec.n_expert_used, spec.n_expert_aux)
+    return int(ggml.ggml_fill(ctx, ggml.ggml_new_tensor_3d(ctx, Type.F32, 1, n, n_tokens), 1.0))
 
 
 def add_embeddings(ctx: int, spec: ModelSpec, table: int, tokens: int) -> int:
@@ -156,7 +163,13 @@ class BlockBuilder:
     """Where layers and their ranked experts go, which then outlive the graph's run; None where nobody looks at them."""
     lookup: ExpertLookup | None = None
     views: StateViews | None = None
-    on_cpu: bool = False
+    ones: int = 0
+    """What `add_ones` gives, where the CPU computes the graph."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU computes the graph."""
+        return bool(self.ones)
 
     def add_embeddings(self) -> int:
         """The token rows of a step, [n_embd, n_tokens]."""
@@ -225,10 +238,10 @@ class BlockBuilder:
         the shared expert's output for the input `normed`.
         """
         ctx, layer = self.ctx, self.weights.layers[index]
-        update, shared = add_expert_sum(ctx, outputs), layer.shared
+        update, shared = add_expert_sum(ctx, outputs, self.ones), layer.shared
         if selection.aux_weights:
             ids = aux_experts(ctx, self.spec, selection.ranked)
-            update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights, on_cpu=self.on_cpu)
+            update = add_aux_experts(ctx, layer, update, ids, selection.aux_weights, self.ones)
         if layer.expert_latent:
             update = add_linear(ctx, layer.expert_latent[1], update)
         update = self._normed(update, layer.post.experts)
