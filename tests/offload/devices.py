@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
 from bench.baselines.llama_cpp import LlamaCpp, LlamaCppConfig
 from bench.baselines.stepping import kl_divergence
@@ -52,16 +53,17 @@ class Devices:
         """An engine on these devices, with room for `tests.models.conversation`."""
         return engine_config(model, **{"n_ctx": 256, "n_batch": 32, "n_threads": 1} | self.settings | changed)
 
-    def check(self, got: Array, expected: Array, stock: Path) -> None:
+    def check(self, got: Array, expected: Array, stock: Path, kv_type: Type = Type.F16) -> None:
         """Asserts that logits [rows, n_vocab] are the CPU's, as far as llama.cpp's are on these devices with `stock`.
 
-        `stock` is the same file, or one of the same sizes where llama.cpp cannot read that.
+        `stock` is the same file, or one of the same sizes where llama.cpp cannot read that. `kv_type` is that of the KV
+        cache: the CPU rounds the queries, too, that it multiplies with quantised keys, and devices do not.
         """
         assert got.shape == expected.shape
         if self.is_exact:
             np.testing.assert_array_equal(got, expected)
         else:
-            allowed = MARGIN * max(divergence(stock, name) for name in self.names if name in LOCAL)
+            allowed = MARGIN * max(divergence(stock, name, kv_type) for name in self.names if name in LOCAL)
             assert largest_divergence(got, expected) < allowed
 
 
@@ -97,18 +99,19 @@ def largest_divergence(got: Array, expected: Array) -> float:
 
 
 @functools.cache
-def divergence(path: Path, name: str) -> float:
+def divergence(path: Path, name: str, kv_type: Type = Type.F16) -> float:
     """The largest divergence of llama.cpp's logits on a local device from its own on the CPU, in nats."""
     (handle,) = (device.handle for device in available_devices() if device.name == name)
-    return largest_divergence(llama_conversation(path, handle), llama_conversation(path, None))
+    return largest_divergence(llama_conversation(path, handle, kv_type), llama_conversation(path, None, kv_type))
 
 
-def llama_conversation(path: Path, device: int | None) -> Array:
+def llama_conversation(path: Path, device: int | None, kv_type: Type = Type.F16) -> Array:
     """What llama.cpp answers in `tests.models.conversation`, with the whole model on a device, or on the CPU."""
     content = read_content(path)
     if "tokenizer.ggml.model" not in content.keys:
         path = write_content(path.with_suffix(".llama.gguf"), content.with_keys({"tokenizer.ggml.model": "none"}))
-    with closing(LlamaCpp(LlamaCppConfig(path, 256, 1, extra_buffers=False, device=device))) as baseline:
+    config = LlamaCppConfig(path, 256, 1, extra_buffers=False, device=device, kv_type=kv_type)
+    with closing(LlamaCpp(config)) as baseline:
         told = [baseline.score(TOKENS[:9]), baseline.prefill(TOKENS[9:30])[None].copy()]
         told += [baseline.decode(token)[None].copy() for token in TOKENS[30:40]]
         told.append(baseline.score(TOKENS[40:45])[-2:])

@@ -82,7 +82,7 @@ def test_on_devices_that_share_the_layers(written: Written, two_devices: Devices
         expected = conversation(engine)
     on_devices = config(written("gemma4"), "q4_0", **options, **two_devices.settings)
     with closing(device_engine(on_devices, on_device)) as engine:
-        two_devices.check(conversation(engine), expected, written("gemma4"))
+        two_devices.check(conversation(engine), expected, written("gemma4"), Type.Q4_0)
 
 
 def test_heads_of_32_round_less_than_llama_cpps(tmp_path: Path) -> None:
