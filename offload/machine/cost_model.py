@@ -170,7 +170,7 @@ class _Setting:
         return (
             inner
             + last * main.matrix_seconds(load.dense, step.n_out)
-            + main.matrix_seconds(load.output, step.n_out)
+            + main.output_seconds(load.output, step.n_out)
             + attention
         )
 

@@ -81,13 +81,15 @@ class ProcessorSpeed:
     """The speed of one backend: the CPU with its threads, or a device.
 
     `kernels` are by the kernel's name. `attention_seconds` are for one token's attention to one cell of the KV cache in
-    one layer, `batch_attention_seconds` for the same in a batch of `BATCH_QUERIES` tokens or more.
+    one layer, `batch_attention_seconds` for the same in a batch of `BATCH_QUERIES` tokens or more. `output_kernels` are
+    those of the matrix that gives the logits, where it has others.
     """
 
     kernels: Mapping[str, SpeedCurve]
     overheads: Overheads
     attention_seconds: Positive
     batch_attention_seconds: Positive
+    output_kernels: Mapping[str, SpeedCurve] = field(default_factory=dict)
 
     def pair_seconds(self, n_tokens: int) -> float:
         """Seconds for one token's attention to one cell in one layer, in a batch of so many tokens."""
@@ -96,6 +98,11 @@ class ProcessorSpeed:
     def seconds(self, kernel: MatrixKernel, n_bytes: float, n_rows: float) -> float:
         """Seconds for matrices of `n_bytes` in all, each multiplied with `n_rows` rows."""
         return self.kernels[kernel.name].seconds(n_bytes, n_rows)
+
+    def output_seconds(self, matrices: Mapping[MatrixKernel, float], n_rows: float) -> float:
+        """Seconds for the bytes, by kernel, of what gives the logits of `n_rows` tokens."""
+        kernels = {**self.kernels, **self.output_kernels}
+        return sum(kernels[kernel.name].seconds(n_bytes, n_rows) for kernel, n_bytes in matrices.items())
 
     def matrix_seconds(self, matrices: Mapping[MatrixKernel, float], n_rows: float) -> float:
         """Seconds for the bytes of matrices by kernel, each multiplied with `n_rows` rows."""

@@ -14,13 +14,15 @@ class ContextConfig:
     """How many tokens the KV cache holds and a step reads.
 
     Each of `n_parallel` requests at once has `n_ctx` tokens, None for the model's own number within reason; a step has
-    `n_batch`. `kv_type` is f32, f16, q8_0 or q4_0.
+    `n_batch`. `kv_type` is f32, f16, q8_0 or q4_0. With `has_all_logits` those of all of a prompt's tokens are read,
+    as an evaluation does, and not the last one's.
     """
 
     n_ctx: int | None = None
     n_batch: int = 512
     n_parallel: int = 1
     kv_type: str = "f16"
+    has_all_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,7 @@ def _decide_with(config: EngineConfig, model: _Model, mtp: MtpBlock | None) -> E
     has_second = not (config.is_budgeted or machine.is_rebudgeted)
     for fewer in batch_sizes(n_batch, context.n_parallel):
         program = own + of_block + request_bytes(spec, fewer, context.n_parallel)
-        needs = Needs(kv.n_bytes(spec), program, kv.n_masked(spec), fewer)
+        needs = Needs(kv.n_bytes(spec), program, kv.n_masked(spec), fewer, context.has_all_logits)
         weight_forms = choose_weight_forms(
             sources, spec, memory.weights, model.speeds, needs, budget.ram, has_second=has_second
         )

@@ -77,14 +77,17 @@ def repacked_speed(speed: MachineSpeed, plan: EnginePlan, kernels: Mapping[str, 
 
     Rows of experts count as tokens of a step: few meet each.
     """
-    curves = dict(speed.cpu.kernels)
+    curves, output_curves = dict(speed.cpu.kernels), dict[str, SpeedCurve]()
     for kind, n_most in plan.weight_forms.repacked_tokens.items():
         known = kernels.get(kind.type.name)
         prefix, suffix = f"{kind.type.name} ", " expert" if kind.is_expert else " dense"
-        for name in [name for name in curves if name.startswith(prefix) and name.endswith(suffix)]:
-            if known is not None:
-                curves[name] = _repacked(curves[name], known.expert if kind.is_expert else known.dense, n_most)
-    return replace(speed, cpu=replace(speed.cpu, kernels=curves))
+        for name, plain in speed.cpu.kernels.items():
+            if known is not None and name.startswith(prefix) and name.endswith(suffix):
+                of_kind = output_curves if kind.is_output else curves
+                of_kind[name] = _repacked(plain, known.expert if kind.is_expert else known.dense, n_most)
+    # A kernel of other matrices is not the output's where that has one form only.
+    output_curves = {**speed.cpu.kernels, **output_curves}
+    return replace(speed, cpu=replace(speed.cpu, kernels=curves, output_kernels=output_curves))
 
 
 def _repacked(curve: SpeedCurve, speed: FormSpeed, n_most: int) -> SpeedCurve:

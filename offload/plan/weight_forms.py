@@ -28,20 +28,26 @@ _WORTHWHILE = 0.97
 _TYPICAL_BATCH = 256
 EVER = 1 << 20
 """More tokens than any step has."""
+_OUTPUT_NAMES = "output.weight", "token_embd.weight"
+"""Of a token table only the product with hidden states is asked for: its rows are looked up elsewhere."""
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of steps for which forms are compared."""
 
 
 class MatrixKind(NamedTuple):
-    """What decides which form of a matrix multiplies faster: its type, and whether it is a stack of experts."""
+    """What decides which form of a matrix multiplies faster: its type, and whether it is a stack of experts.
+
+    The one that gives logits is a kind of its own: of a prompt's many tokens it meets the last alone.
+    """
 
     type: GGMLQuantizationType
     is_expert: bool
+    is_output: bool = False
 
     @classmethod
     def of(cls, source: WeightSource) -> "MatrixKind":
         """The kind of a weight."""
-        return cls(source.type, len(source.ne) > 2)
+        return cls(source.type, len(source.ne) > 2, source.name in _OUTPUT_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +124,15 @@ class WeightForms:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes of the KV cache (`kv`) and of the program itself, cells of a token's row in all masks, a batch's tokens."""
+    """Bytes of the KV cache (`kv`) and of the program itself, cells of a token's row in all masks, a batch's tokens,
+    and whether the logits of all of these are wanted.
+    """
 
     kv: int
     program: int
     n_masked: int
     n_batch: int
+    has_all_logits: bool = False
 
 
 def bucket_stacks(sources: ModelSources) -> Iterator[WeightSource]:
@@ -185,7 +194,7 @@ def choose_weight_forms(
         return _counted(sources, replace(forms, mode="repacked", repacked_tokens=dict.fromkeys(possible, EVER)))
     if mode == "both":
         return _counted(sources, replace(forms, mode="both", repacked_tokens=dict.fromkeys(possible, 1)))
-    shape = _Shape(spec.n_expert, spec.n_expert_used, needs.n_batch)
+    shape = _Shape(spec.n_expert, spec.n_expert_used, needs.n_batch, needs.has_all_logits)
     measured = {kind: speeds[kind.type.name] for kind in possible if kind.type.name in speeds}
     by_kind = {kind: known.expert if kind.is_expert else known.dense for kind, known in measured.items()}
     alone = {kind for kind, speed in by_kind.items() if shape.is_better_alone(kind, speed)}
@@ -203,11 +212,14 @@ def choose_weight_forms(
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What decides how many rows of activations a matrix meets in a step: experts, used ones, and the largest step."""
+    """What decides how many rows of activations a matrix meets in a step: experts, used ones, the largest step, and
+    whether the logits of all of its tokens are wanted.
+    """
 
     n_expert: int
     n_used: int
     n_batch: int
+    has_all_logits: bool
 
     def seconds(self, kind: MatrixKind, speed: FormSpeed, n_tokens: int) -> tuple[float, float]:
         """Seconds with plain and with repacked matrices, of all experts or of one other matrix, in a step."""
@@ -237,7 +249,8 @@ class _Shape:
 
     def is_better_alone(self, kind: MatrixKind, speed: FormSpeed) -> bool:
         """Whether repacked matrices save time over a prompt and an answer of usual lengths, and to a single token."""
-        single, batch = self.seconds(kind, speed, 1), self.seconds(kind, speed, _TYPICAL_BATCH)
+        n_rows = 1 if kind.is_output and not self.has_all_logits else _TYPICAL_BATCH
+        single, batch = self.seconds(kind, speed, 1), self.seconds(kind, speed, n_rows)
         saved = TYPICAL_ANSWER * (single[0] - single[1]) + TYPICAL_PROMPT / _TYPICAL_BATCH * (batch[0] - batch[1])
         return single[1] < _WORTHWHILE * single[0] and saved > 0
 

@@ -105,7 +105,7 @@ def carry_out(values: Mapping[str, Any], harness_command: Sequence[str] = HARNES
     if flags.output is not None and flags.output.exists() and not flags.force:
         raise UsageError(f"{flags.output} exists. Choose another name, or overwrite it with --force.")
     engine = engine_config(values, serving_bytes())
-    engine = replace(engine, model=engine.model.absolute())
+    engine = replace(engine, model=engine.model.absolute(), context=replace(engine.context, has_all_logits=True))
     facts = file_facts(engine.model, whole=flags.hashes_all)
     asked = {name: getattr(flags, name) for name in ("tasks", "limit", "n_fewshot", "seed", "chat")}
     request = HarnessRequest(

@@ -14,6 +14,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.machine.cost_model import Residency, Step, predict
 from slimoe.offload.machine.measurement_cache import MeasurementCache
 from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
+from slimoe.offload.machine.speed import MatrixKernel
 from slimoe.offload.machine.workload import workload
 from slimoe.offload.model.native_layout import LayerHints
 from slimoe.offload.plan.engine_config import EngineConfig
@@ -267,3 +268,19 @@ def test_repacked_weights_have_their_own_speed(model: Path, n_most: int, prefill
     for name, curve in speed.cpu.kernels.items():
         ratios = np.divide(curve.seconds_per_byte, plain.cpu.kernels[name].seconds_per_byte)
         assert list(ratios) == pytest.approx([0.5, prefill])
+    assert list(speed.cpu.output_kernels.values()) == list(plain.cpu.kernels.values())
+
+
+def test_the_output_matrix_has_its_own_speed(model: Path) -> None:
+    """Where it alone is repacked, the others are as fast as they were."""
+    plan = plan_engine(engine_config(model, n_threads=1, n_ctx=64))
+    plain = machine_for(plan)
+    forms = dataclasses.replace(plan.weight_forms, repacked_tokens={MatrixKind(Type.F32, False, True): 1 << 20})
+    plan = dataclasses.replace(plan, weight_forms=forms)
+    measured = FormSpeed((1,), (2,), (1,))
+    speed = repacked_speed(plain, plan, {"F32": KernelSpeed(measured, measured)})
+    assert speed.cpu.kernels == plain.cpu.kernels
+    name = next(name for name in plain.cpu.kernels if name.endswith("dense"))
+    kernel = MatrixKernel(Type.F32, int(name.split()[1]), False)
+    assert speed.cpu.output_seconds({kernel: 1e6}, 1) == pytest.approx(0.5 * plain.cpu.output_seconds({kernel: 1e6}, 1))
+    assert predict_plan(plan, speed).decode.ms_per_token < predict_plan(plan, plain).decode.ms_per_token

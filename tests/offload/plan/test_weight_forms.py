@@ -11,6 +11,7 @@ from slimoe.offload.engine import Engine
 from slimoe.offload.errors import DoesNotFitError, UsageError
 from slimoe.offload.ggml.cpu_backend import can_repack
 from slimoe.offload.gguf.header import read_gguf
+from slimoe.offload.graph.weights import Form
 from slimoe.offload.loaded_model import LoadedModel
 from slimoe.offload.machine.probe import FormSpeed, KernelSpeed
 from slimoe.offload.model.spec import ModelSpec
@@ -51,13 +52,19 @@ def sources(model: Path) -> ModelSources:
 
 
 def decide(
-    model: Path, mode: str, speed: KernelSpeed | None = None, available: int = ROOM, *, has_second: bool = True
+    model: Path,
+    mode: str,
+    speed: KernelSpeed | None = None,
+    available: int = ROOM,
+    *,
+    has_second: bool = True,
+    has_all_logits: bool = False,
 ) -> WeightForms:
     gguf = read_gguf(model)
     spec = ModelSpec.from_gguf(gguf)
     sources = model_sources(gguf, spec)
     speeds = {kind.name: speed for kind in repackable_types(sources)} if speed else {}
-    needs = Needs(kv=1000, program=100, n_masked=256, n_batch=32)
+    needs = Needs(kv=1000, program=100, n_masked=256, n_batch=32, has_all_logits=has_all_logits)
     return choose_weight_forms(sources, spec, mode, speeds, needs, available, has_second=has_second)
 
 
@@ -148,6 +155,31 @@ def test_what_every_budget_can_have_is_the_same_in_all(model: Path, sources: Mod
     assert tiered.repacked_tokens == forms.repacked_tokens
     slower = decide(model, "auto", BATCHES_SLOWER_REPACKED, available, has_second=False)
     assert (slower.mode, slower.in_tiers().mode) == ("copied", "copied")
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_the_output_matrix_is_chosen_for_single_rows(tmp_path: Path, is_tied: bool) -> None:
+    """Of a prompt's batch it meets the last token alone, but where the logits of all are wanted."""
+    shape = TinyShape(n_embd=256, n_ff=256, n_expert=2, n_expert_used=1)
+    table = np.random.default_rng(0).standard_normal((304, 256), np.float32)
+    tables = {"token_embd.weight": table, "output.weight": None if is_tied else table}
+    content = read_content(write_tiny_gguf(tmp_path / "f32.gguf", None, shape=shape)).with_values(tables)
+    model = write_content(tmp_path / "m.gguf", content.quantised(Type.Q4_K))
+    gguf = read_gguf(model)
+    sources = model_sources(gguf, ModelSpec.from_gguf(gguf))
+    output, attention = sources.output.weight, sources.layers[0].attn_output
+    assert attention is not None
+
+    def forms(speed: KernelSpeed, **wanted: bool) -> list[set[Form]]:
+        found = decide(model, "auto", speed, has_second=False, **wanted)
+        tiered = decide(model, "auto", speed, **wanted).in_tiers()
+        assert tiered.repacked_tokens == found.repacked_tokens
+        return [found.forms(one) for one in (output, attention.weight)]
+
+    assert forms(BATCHES_SLOWER_REPACKED) == [{"repacked"}, {"copied"}]
+    assert forms(BATCHES_SLOWER_REPACKED, has_all_logits=True) == [{"copied"}, {"copied"}]
+    assert forms(NO_FASTER_REPACKED) == [{"copied"}, {"copied"}]
+    assert forms(FASTER_REPACKED, has_all_logits=True) == [{"repacked"}, {"repacked"}]
 
 
 def test_all_budgets_give_the_same_logits(model: Path, tmp_path: Path) -> None:
