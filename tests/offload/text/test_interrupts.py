@@ -2,6 +2,7 @@
 
 import ctypes
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from slimoe.server.cli import run
 from tests.models.tiny_gguf import write_vocabulary
 
 _CALLBACK = ctypes.CFUNCTYPE(None)
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell lets what it starts in the background ignore interrupts; Python then does as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _interrupt_from_c() -> None:
