@@ -129,8 +129,7 @@ def add_expert_sum(ctx: int, outputs: int, ones: int) -> int:
     tensor = ggml.tensor_at(outputs)
     n_embd, n_used, n_rows = tensor.ne[:3]
     if ones and n_used > 1:
-        one, by_row = 4, ggml.tensor_at(ones).nb[2]
-        each = ggml.ggml_view_3d(ctx, ones, 1, n_used, n_rows, one, by_row, 0)
+        each = ggml.ggml_view_3d(ctx, ones, 1, n_used, n_rows, *ggml.tensor_at(ones).nb[1:3], 0)
         return int(ggml.ggml_reshape_2d(ctx, ggml.ggml_out_prod(ctx, outputs, each), n_embd, n_rows))
     total, *others = (
         ggml.ggml_view_2d(ctx, outputs, n_embd, n_rows, tensor.nb[2], index * tensor.nb[1]) for index in range(n_used)
